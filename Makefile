@@ -1,0 +1,28 @@
+# make demo: train a small model on this machine and sample from it, in about two minutes
+# make test: lint and the test suite
+# Both use the active virtual environment, or make .venv.
+
+ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
+VENV := $(or $(ACTIVE),.venv)
+PYTHON := $(VENV)/bin/python
+
+.PHONY: demo test
+
+demo: $(PYTHON)
+	$(PYTHON) -m pip install --quiet -r requirements.txt
+	$(PYTHON) data/stdlib_char/prepare.py
+	$(PYTHON) train.py config/train_stdlib_char.py
+	$(PYTHON) sample.py --out_dir=out-stdlib-char --num_samples=1 --max_new_tokens=600
+	@echo
+	@echo "That was a model of 0.8M parameters after a minute on Python's own library. Next:"
+	@echo "  $(PYTHON) sample.py --out_dir=out-stdlib-char --start='class Model'"
+	@echo "  $(PYTHON) train.py config/train_stdlib_char.py --init_from=resume --max_iters=5000"
+	@echo "  $(PYTHON) data/shakespeare_char/prepare.py, and the rest of README.md"
+
+test: $(PYTHON)
+	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pytest
+
+.venv/bin/python:
+	python3 -m venv .venv

@@ -1,0 +1,169 @@
+"""What is saved of a run, how it survives a crash, and how it is read again.
+
+A checkpoint is one file, a dict: model, optimizer, scaler (state dicts), model_args (GPTConfig),
+config (the settings), iter_num (steps done), best_val_loss, history (all evaluations), meta (the
+tokenizer's vocabulary; None for GPT-2's), seconds (of training so far). Files with only model,
+model_args and config, as other minimal GPT trainers write them, are read too.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from configurator import UserError
+from data.bins import written_whole
+from data.tokenizer import check_meta
+from model import GPT, PRETRAINED, GPTConfig
+
+NEWEST, BEST = "ckpt.pt", "best.pt"
+NOT_RESTORED = ("init_from", "out_dir", "eval_only")  # settings of a start, not of a run
+
+
+def save(path: Path, contents: dict) -> None:
+    """Write a checkpoint whole or not at all. Raises UserError if the disk refuses."""
+    with written_whole(path) as file:
+        torch.save(contents, file)
+
+
+def load(path: Path, mmap: bool = False) -> dict:
+    """Read a checkpoint onto the CPU, running none of it; with mmap, tensors only when touched.
+
+    Raises UserError if it cannot be read or is no checkpoint.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}: train first, or give another path") from None
+    except Exception as error:  # torch raises nearly anything for a file that is not whole
+        raise UserError(f"cannot read checkpoint {path} ({type(error).__name__}): it is damaged, "
+                        f"no checkpoint, or holds more than plain data") from None
+    missing = {"model", "model_args"} - (contents.keys() if isinstance(contents, dict) else set())
+    if missing:
+        raise UserError(f"{path} is no checkpoint: it lacks {', '.join(sorted(missing))}")
+    if contents.get("meta"):
+        check_meta(contents["meta"], path)
+    contents["path"] = path
+    return contents
+
+
+def newest(out_dir: str) -> dict | None:
+    """The checkpoint of a run with the most steps done; None where there is none."""
+    paths = [path for name in (NEWEST, BEST) if (path := Path(out_dir) / name).exists()]
+    if not paths:
+        return None
+    return load(max(paths, key=lambda path: load(path, mmap=True).get("iter_num", 0)))
+
+
+def best_path(out_dir: str) -> Path:
+    """The checkpoint to sample from: of the lowest validation loss if there is one."""
+    best = Path(out_dir) / BEST
+    return best if best.exists() else Path(out_dir) / NEWEST
+
+
+def build_model(contents: dict, dropout: float | None = None) -> GPT:
+    """The model of a checkpoint, with its own dropout or another.
+
+    Raises UserError if the checkpoint's parts do not fit each other.
+    """
+    # Checkpoints that do not name their activation come from trainers that use the exact GELU.
+    args = {"activation": "gelu", **contents["model_args"]}
+    if dropout is not None:
+        args["dropout"] = dropout
+    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in contents["model"].items()
+             if not name.endswith(".attn.bias")}  # causal masks that older files store
+    try:
+        model = GPT(GPTConfig(**args))
+        model.load_weights(state, source=contents["path"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{contents['path']}: {error}") from None
+    return model
+
+
+def load_pretrained(name_or_path: str, dropout: float = 0.0) -> tuple[GPT, dict | None]:
+    """A trained model to start from, and its tokenizer's meta (None for GPT-2's).
+
+    name_or_path: a checkpoint file, the out_dir of a run, or what `GPT.from_pretrained` takes.
+    Raises UserError or ValueError if there is no such model.
+    """
+    path = Path(name_or_path)
+    if path.is_dir() and best_path(name_or_path).exists():
+        path = best_path(name_or_path)
+    if path.is_file():
+        contents = load(path)
+        return build_model(contents, dropout), contents.get("meta")
+    if path.suffix == ".pt" or (not path.is_dir() and name_or_path not in PRETRAINED
+                                and "/" not in name_or_path):
+        raise UserError(f"init_from = {name_or_path!r}: expected scratch, resume, auto, "
+                        f"{', '.join(PRETRAINED)}, a checkpoint, a folder, or owner/name on the "
+                        f"Hugging Face hub")
+    return GPT.from_pretrained(name_or_path, dropout), None
+
+
+def restore_settings(config: dict, given: dict, contents: dict) -> dict:
+    """The settings of a run that goes on: a checkpoint's, except those `given` again.
+
+    Prints what changes. Raises UserError if the model's shape would.
+    """
+    saved = {name: value for name, value in contents.get("config", {}).items()
+             if name in config and name not in NOT_RESTORED}
+    shape = {**asdict(GPTConfig()), **contents["model_args"]}
+    changes = []
+    for name, value in given.items():
+        if name in shape and name != "dropout" and value != shape[name]:
+            raise UserError(f"{name} = {value!r}, but the model in {contents['path']} has "
+                            f"{shape[name]!r}: leave it out to resume, or start anew from its "
+                            f"weights with --init_from={contents['path']}")
+        if name in saved and value != saved[name]:
+            changes.append(f"{name} {saved[name]!r} -> {value!r}")
+    if changes:
+        print("changed since the checkpoint:", ", ".join(changes))
+    return config | saved | given
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                   contents: dict) -> None:
+    """Restore the optimizer's and the gradient scaler's state; today's hyperparameters stay.
+
+    Raises UserError if the state is of another model.
+    """
+    saved = contents.get("optimizer")
+    if saved is None:
+        raise UserError(f"{contents['path']} has no optimizer to resume with: start anew from its "
+                        f"weights with --init_from={contents['path']}")
+    try:
+        groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
+        options = [old | {k: v for k, v in new.items() if k != "params"} for old, new in groups]
+        optimizer.load_state_dict({**saved, "param_groups": options})
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{contents['path']}: its optimizer does not fit ({error})") from None
+    if contents.get("scaler"):
+        scaler.load_state_dict(contents["scaler"])
+
+
+def prepare_out_dir(out_dir: str, fresh: bool) -> None:
+    """Make the folder of a run; a fresh run moves what an earlier one left into previous/.
+
+    Raises UserError if it cannot be written.
+    """
+    folder = Path(out_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        old = [path for name in (NEWEST, BEST, "metrics.jsonl") if (path := folder / name).exists()]
+        if fresh and old:
+            (folder / "previous").mkdir(exist_ok=True)
+            for path in old:
+                path.replace(folder / "previous" / path.name)
+            print(f"moved the earlier run in {folder} to {folder / 'previous'}")
+    except OSError as error:
+        raise UserError(f"cannot write to out_dir = {out_dir!r}: {error.strerror}") from None
+
+
+def check_tokenizer(saved: dict | None, meta: dict | None, source: object, dataset: str) -> None:
+    """Raise UserError unless a model's tokenizer is the dataset's (None is GPT-2's)."""
+    if (saved and saved["stoi"]) == (meta and meta["stoi"]):
+        return
+    words = [f"{m['vocab_size']} characters" if m else "GPT-2's BPE" for m in (saved, meta)]
+    raise UserError(f"{source} was trained on {words[0]}, but the dataset {dataset} is in "
+                    f"{words[1] if words[0] != words[1] else 'other characters'}: "
+                    f"choose a dataset of the same tokenizer")

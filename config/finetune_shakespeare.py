@@ -1,0 +1,26 @@
+# Fine-tune the largest GPT-2 on Shakespeare.
+#
+#   python data/shakespeare/prepare.py
+#   python train.py config/finetune_shakespeare.py
+#   python sample.py --out_dir=out-shakespeare
+#
+# Hardware: a GPU with 40 GB or more; a smaller one takes --init_from=gpt2.
+# Duration, result: not measured here. 20 steps of 32,768 tokens are 2 passes over the text.
+
+out_dir = "out-shakespeare"
+eval_interval = 5
+eval_iters = 40
+wandb_project = "shakespeare"
+wandb_run_name = "finetune-gpt2-xl"
+
+dataset = "shakespeare"
+init_from = "gpt2-xl"
+always_save_checkpoint = False  # it overfits soon: best.pt is the one to keep
+
+# 1 sequence x 1024 tokens x 32 micro-batches = 32,768 tokens a step
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+
+learning_rate = 3e-5
+decay_lr = False

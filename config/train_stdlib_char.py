@@ -1,0 +1,30 @@
+# The demo: a character model of Python's own standard library, which every machine has.
+#
+#   python data/stdlib_char/prepare.py
+#   python train.py config/train_stdlib_char.py
+#   python sample.py --out_dir=out-stdlib-char
+#
+# Hardware: any CPU. Duration and result: being measured.
+
+out_dir = "out-stdlib-char"
+dataset = "stdlib_char"
+eval_interval = 250
+eval_iters = 20
+log_interval = 50
+
+gradient_accumulation_steps = 1
+batch_size = 12
+block_size = 64
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+
+learning_rate = 3e-3
+max_iters = 1500
+lr_decay_iters = 1500
+min_lr = 3e-4
+beta2 = 0.99  # few tokens a step: average over more steps
+warmup_iters = 100
+
+dtype = "float32"  # autocast costs a model this narrow more than bfloat16 saves

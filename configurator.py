@@ -1,0 +1,207 @@
+"""Turn config files and --key=value arguments into checked settings.
+
+A script lists its settings as plain top-level variables, then calls `configure(globals())`:
+
+    python train.py config/train_shakespeare_char.py --batch_size=32 --compile=False
+
+Config files are Python, run in the order given; arguments win over all of them. Only the standard
+library is imported here, so a mistyped setting is answered before torch is loaded.
+"""
+
+import ast
+import builtins
+import difflib
+import io
+import os
+import sys
+import tokenize
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+PLAIN_TYPES = (bool, int, float, str, types.NoneType)
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one sentence: what, found, expected, what to do."""
+
+
+def configure(settings: dict, argv: list[str] | None = None) -> tuple[dict, dict]:
+    """Override a script's settings from config files and --key=value arguments.
+
+    settings: the script's `globals()`, changed in place. Its public top-level variables that hold
+        a bool, int, float, str or None are the settings; an annotation such as `int | None`
+        widens what one accepts, otherwise the type of the default decides.
+    argv: arguments without the program's name; `sys.argv[1:]` if None.
+    Returns (config, given): all settings by name, and those that files or arguments named,
+        whether or not they differ from the default.
+    Raises UserError. From here on an uncaught UserError ends the process in one line on stderr
+    and exit status 2.
+    """
+    sys.excepthook = _print_user_error
+    kinds = _kinds(settings)
+    defaults = {name: settings[name] for name in kinds}
+    given = {}
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(_help(settings, kinds))
+        raise SystemExit(0)
+    for arg in argv:  # files first: an argument wins wherever it stands
+        if not arg.startswith("--"):
+            given |= _run_config(arg, defaults | given, kinds)
+    for arg in argv:
+        if arg.startswith("--"):
+            name, equals, text = arg[2:].partition("=")
+            _known(name, kinds, "setting")
+            if not equals:
+                raise UserError(f"--{name} has no value: write --{name}={_example(defaults[name])}")
+            given[name] = _parse(name, text, kinds[name])
+    settings.update(given)
+    changed = [f"{k}={v!r}" for k, v in given.items() if v != defaults[k]]
+    if changed and os.environ.get("RANK", "0") == "0":
+        print("settings:", *changed, flush=True)
+    return defaults | given, given
+
+
+def check(settings: dict, *rules: str) -> None:
+    """Raise UserError unless every rule, a Python condition over the settings, holds.
+
+    Example: `check(globals(), "0 <= dropout < 1", "top_k is None or top_k > 0")`.
+    """
+    for rule in rules:
+        if not eval(rule, {}, settings):  # the rules are the script's own text, never a user's
+            names = {n.id for n in ast.walk(ast.parse(rule)) if isinstance(n, ast.Name)}
+            found = ", ".join(f"{n} = {settings[n]!r}" for n in sorted(names) if n in settings)
+            raise UserError(f"{found}: expected {rule}")
+
+
+def choose(name: str, value: str, choices: list[str]) -> str:
+    """Return `value` if it is one of `choices`; else raise UserError with the choices listed."""
+    if value not in choices:
+        raise UserError(f"{name} = {value!r}: expected one of {', '.join(choices)}"
+                        f"{_nearest(value, choices)}")
+    return value
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn a ValueError of the model, whose arguments come from settings, into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _kinds(settings: dict) -> dict[str, tuple[type, ...]]:
+    """The types that each setting accepts, by name."""
+    annotations = settings.get("__annotations__", {})
+    kinds = {}
+    for name, value in settings.items():
+        if name.startswith("_") or not isinstance(value, PLAIN_TYPES):
+            continue
+        annotation = annotations.get(name, type(value))
+        kinds[name] = typing.get_args(annotation) or (annotation,)
+    return kinds
+
+
+def _run_config(arg: str, current: dict, kinds: dict) -> dict:
+    """Execute one config file; return the settings that it sets."""
+    path = next((p for p in (Path(arg), ROOT / arg) if p.exists()), None)
+    if path is None:
+        raise UserError(f"no config file {arg!r}: arguments are config files and --key=value")
+    # Settings are visible as builtins, so that what the file assigns stands apart from them.
+    namespace = {"__builtins__": vars(builtins) | current, "__file__": str(path)}
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), namespace)
+    except OSError as error:
+        raise UserError(f"cannot read config file {path}: {error.strerror}") from None
+    except (Exception, SystemExit) as error:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"config file {path} failed with {message}") from None
+    found = {}
+    for name, value in namespace.items():
+        if name.startswith("_") or isinstance(value, (types.ModuleType, type)) or callable(value):
+            continue
+        _known(name, kinds, f"{path}: setting")
+        found[name] = _convert(name, value, kinds[name])
+    return found
+
+
+def _convert(name: str, value: object, kinds: tuple[type, ...]) -> object:
+    """Fit a config file's value to a setting's types: int widens to float, 0 and 1 to bool."""
+    if isinstance(value, (int, float)) and not -sys.float_info.max <= value <= sys.float_info.max:
+        raise _wrong_type(name, value, kinds)  # inf, nan, or a whole number of 300 digits
+    if type(value) in kinds:
+        return value
+    if type(value) is int and float in kinds:
+        return float(value)
+    if type(value) is int and bool in kinds and value in (0, 1):
+        return bool(value)
+    if type(value) is float and int in kinds and value.is_integer():  # max_iters = 6e5
+        return int(value)
+    raise _wrong_type(name, value, kinds)
+
+
+def _parse(name: str, text: str, kinds: tuple[type, ...]) -> object:
+    """Read the text of --name=text as one of a setting's types."""
+    if text == "None" and types.NoneType in kinds:
+        return None
+    if str in kinds:
+        return text
+    if bool in kinds and text.lower() in BOOLEANS:
+        return BOOLEANS[text.lower()]
+    for kind in (int, float):
+        with suppress(ValueError):
+            return _convert(name, kind(text), kinds)
+    raise _wrong_type(name, text, kinds)
+
+
+def _wrong_type(name: str, value: object, kinds: tuple[type, ...]) -> UserError:
+    words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text",
+             types.NoneType: "None"}
+    expected = " or ".join(words[kind] for kind in kinds)
+    return UserError(f"{name} = {value!r} is {type(value).__name__}: expected {expected}")
+
+
+def _known(name: str, kinds: dict, what: str) -> None:
+    if name not in kinds:
+        raise UserError(f"{what} {name!r} does not exist{_nearest(name, list(kinds))}; "
+                        f"--help lists the settings")
+
+
+def _nearest(word: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(word.replace("-", "_"), choices, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _example(default: object) -> object:
+    return 1 if default is None else default
+
+
+def _help(settings: dict, kinds: dict) -> str:
+    """The script's docstring, then its settings with their defaults and comments, from its text."""
+    source = Path(settings["__file__"]).read_text(encoding="utf-8")
+    comments = {token.start[0]: token.string
+                for token in tokenize.generate_tokens(io.StringIO(source).readline)
+                if token.type == tokenize.COMMENT}
+    rows = {}
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        name = getattr(target, "id", None)
+        if name in kinds and name not in rows:
+            left = f"--{name}={settings[name]!r}"
+            rows[name] = f"  {left:<40} {comments.get(node.lineno, '')}".rstrip()
+    return "\n".join([settings["__doc__"] or "", "Settings:", *rows.values()])
+
+
+def _print_user_error(kind: type, error: BaseException, trace: types.TracebackType) -> None:
+    if not issubclass(kind, UserError):
+        sys.__excepthook__(kind, error, trace)
+        return
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)

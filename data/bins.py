@@ -1,0 +1,161 @@
+"""Token files: raw uint16 ids, little-endian, no header; written whole, read through a memory map.
+
+A batch is a pure function of the seed, the iteration and the file: nothing has to be saved to
+continue a run, and every process can draw the same one.
+"""
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from configurator import ROOT, UserError
+from data.tokenizer import Tokenizer
+
+DTYPE = np.dtype("<u2")
+IGNORE = -1  # a target where there is nothing to predict
+SCANNED = 2**26  # tokens of a longer file that `open_bin` looks at
+
+
+def dataset_folder(dataset: str) -> Path:
+    """data/<dataset> beside this file, or any folder given by its absolute path."""
+    return ROOT / "data" / dataset
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears under its name only when the block ends without an error.
+
+    On any error, a full disk or Ctrl-C included, what stood at `path` stays and nothing is left
+    beside it. Raises UserError if the disk refuses.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; "
+                        f"what was there before is unchanged") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bin(path: Path, ids: np.ndarray | list[int]) -> None:
+    """Write token ids (each 0 <= id < 65536) as a token file."""
+    ids = np.asarray(ids, dtype=np.int64)
+    assert ((ids >= 0) & (ids < 2**16)).all(), f"{path}: ids from {ids.min()} to {ids.max()}"
+    with written_whole(path) as file:
+        file.write(ids.astype(DTYPE).tobytes())
+
+
+def read_input(path: Path, url: str) -> str:
+    """The text of `path`, downloaded from `url` first if it is not there.
+
+    Raises UserError if it cannot be had, is empty, or is not UTF-8; then no file was written.
+    """
+    if not path.exists():
+        import requests
+        print(f"downloading {url}")
+        try:
+            response = requests.get(url, timeout=60)
+            response.raise_for_status()
+        except requests.RequestException as error:
+            raise UserError(f"cannot download {url} ({type(error).__name__}): "
+                            f"save it by hand as {path} and run this again") from None
+        if not response.content:
+            raise UserError(f"{url} sent an empty file: save the text by hand as {path}")
+        with written_whole(path) as file:
+            file.write(response.content)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}: convert it") from None
+    if len(text) < 10:
+        raise UserError(f"{path} holds {len(text)} characters: expected a text to learn from")
+    return text
+
+
+def write_text_dataset(folder: Path, text: str, tokenizer: Tokenizer, meta: dict | None = None,
+                       ) -> None:
+    """Write the first 90 % of a text's characters as train.bin, the rest as val.bin, and `meta`,
+    a character vocabulary, as meta.pkl."""
+    cut = int(0.9 * len(text))
+    print(f"{len(text):,} characters, {len(set(text))} distinct")
+    for name, part in (("train", text[:cut]), ("val", text[cut:])):
+        ids = tokenizer.encode(part)
+        write_bin(folder / f"{name}.bin", ids)
+        print(f"{folder / name}.bin: {len(ids):,} tokens")
+    if meta:
+        with written_whole(folder / "meta.pkl") as file:
+            pickle.dump(meta, file)
+    else:
+        (folder / "meta.pkl").unlink(missing_ok=True)  # of a character dataset that was here
+
+
+def open_bin(path: Path, block_size: int, vocab_size: int) -> np.memmap:
+    """Memory-map a token file, (N,) uint16, that suits a model.
+
+    Raises UserError if it is missing, not whole, too short for one block and its targets, or
+    holds ids of `vocab_size` and more (in a file of over 64 Mi tokens, evenly spaced pieces of
+    that size together are looked at; `gather` checks every batch).
+    """
+    if not path.is_file():
+        raise UserError(f"no {path}: prepare the dataset first, with "
+                        f"python {path.parent / 'prepare.py'}")
+    size = path.stat().st_size
+    if size % 2 or size // 2 <= block_size:
+        raise UserError(f"{path} has {size:,} bytes: expected 2 for each of more than block_size = "
+                        f"{block_size} tokens; prepare it again, or choose a smaller block_size")
+    try:
+        tokens = np.memmap(path, dtype=DTYPE, mode="r")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    pieces = 64 if len(tokens) > SCANNED else 1
+    length = min(len(tokens), SCANNED) // pieces
+    for start in np.linspace(0, len(tokens) - length, pieces, dtype=np.int64):
+        check_ids(tokens[start:start + length], vocab_size, path)
+    return tokens
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, source: object) -> None:
+    """Raise UserError unless every id is below vocab_size."""
+    if ids.max() >= vocab_size:
+        raise UserError(f"{source} holds the token id {ids.max()}, but the model's vocabulary has "
+                        f"{vocab_size}: the data are of another tokenizer")
+
+
+def random_starts(n_tokens: int, block_size: int, count: int, key: tuple[int, ...]) -> np.ndarray:
+    """Where `count` blocks begin, (count,) int64: drawn at random, the same for the same key
+    (whole numbers >= 0, such as (seed, iteration))."""
+    return np.random.default_rng(key).integers(0, n_tokens - block_size, size=count)
+
+
+def all_starts(n_tokens: int, block_size: int) -> np.ndarray:
+    """Where blocks begin that cover a file: each token but the first is a target once."""
+    return np.arange(0, n_tokens - 1, block_size)
+
+
+def gather(tokens: np.ndarray, starts: np.ndarray, block_size: int, vocab_size: int,
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """The blocks at `starts`, (B,): inputs and targets, each (B, T) int64.
+
+    Beyond the end of the file inputs are 0 and targets IGNORE. Raises UserError for ids that the
+    vocabulary lacks.
+    """
+    where = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
+    rows = tokens[np.minimum(where, len(tokens) - 1)].astype(np.int64)
+    check_ids(rows, vocab_size, getattr(tokens, "filename", "the data"))
+    inside = where < len(tokens)
+    x = np.where(inside[:, :-1], rows[:, :-1], 0)
+    y = np.where(inside[:, 1:], rows[:, 1:], IGNORE)
+    return x, y

@@ -1,0 +1,214 @@
+"""OpenWebText, or your own documents, in GPT-2's BPE: the data that GPT-2 124M is trained on.
+
+    python data/openwebtext/prepare.py                               # from the Hugging Face hub
+    python data/openwebtext/prepare.py --input='corpus/*.jsonl' --out_dir=data/corpus
+
+OpenWebText has 8,013,769 documents, of which 4,007 are held out: train.bin has 9,035,582,198
+tokens (18 GB), val.bin 4,434,897. Each document's ids are followed by the end-of-text token.
+
+Local files: .parquet and .jsonl with a field `text`, one document a row; .txt, one document a
+file, or several with <|endoftext|> between them. Documents flow from the source through one
+process per core into the output: nothing else is kept, in memory or on disk.
+"""
+
+import glob
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from configurator import UserError, check, choose, configure
+from data.bins import written_whole
+from data.tokenizer import END_OF_TEXT, GPT2Tokenizer
+
+input: str | None = None  # a .parquet, .jsonl or .txt file, or a glob of them; None: the hub
+out_dir: str | None = None  # where train.bin and val.bin go; None: the folder of this file
+val_fraction = 0.0005  # share of the documents that is held out
+seed = 2357  # decides which
+num_proc: int | None = None  # processes that encode; None: one per core
+
+REPOSITORY = "Skylion007/openwebtext"
+REPOSITORY_DOCUMENTS = 8_013_769
+REPOSITORY_TOKENS = 9_040_017_095
+BATCH_BYTES = 2**20  # text per task: long enough to hide its cost, short enough to stay flat
+
+Document = str | bytes  # its text, or the line of JSON that holds it
+
+# ----------------------------------------------------------------------------------- the documents
+
+def hub_documents() -> Iterator[Document]:
+    """Stream OpenWebText in the forms that need no dataset script, the first that answers."""
+    from datasets import load_dataset
+    tried = []
+    for revision in ("main", "refs/convert/parquet"):
+        try:
+            rows = load_dataset(REPOSITORY, revision=revision, split="train", streaming=True)
+            return texts_of(rows)
+        except Exception as error:  # whatever ails one form, the other may answer
+            tried.append(f"{revision} ({type(error).__name__}: {str(error).splitlines()[0]})")
+    raise UserError(f"{REPOSITORY} did not come from the Hugging Face hub; tried "
+                    f"{' and '.join(tried)}; with the files at hand, give them with --input=")
+
+
+def texts_of(rows: Iterable[dict]) -> Iterator[Document]:
+    """The documents of a streamed dataset, which itself tries again when the network falters."""
+    try:
+        for row in rows:
+            yield row["text"]
+    except OSError as error:
+        raise UserError(f"the Hugging Face hub stopped answering ({str(error).splitlines()[0]}): "
+                        f"nothing was written, run this again") from None
+
+
+def local_documents(path: Path) -> Iterator[Document]:
+    """Stream the documents of one file."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
+            yield from batch.column("text").to_pylist()
+    elif path.suffix == ".jsonl":
+        with open(path, "rb") as file:
+            yield from (line for line in file if not line.isspace())
+    else:
+        rest = ""
+        with open(path, encoding="utf-8") as file:
+            while chunk := file.read(BATCH_BYTES):
+                *whole, rest = (rest + chunk).split(END_OF_TEXT)
+                yield from filter(str.strip, whole)
+        if rest.strip():
+            yield rest
+
+
+def measure(path: Path) -> tuple[int, int]:
+    """Number of documents in a file, and about how many bytes of text."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+        meta = pyarrow.parquet.ParquetFile(path).metadata
+        return meta.num_rows, sum(meta.row_group(i).total_byte_size
+                                  for i in range(meta.num_row_groups))
+    return sum(1 for _ in local_documents(path)), path.stat().st_size
+
+
+# ------------------------------------------------------------------------------------ the encoding
+
+def start_worker() -> None:
+    global tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    tokenizer = GPT2Tokenizer()
+
+
+def encode(batch: list[tuple[Document, bool]]) -> tuple[bytes, bytes]:
+    """Token ids of (document, is held out) pairs, as they stand in train.bin and in val.bin."""
+    ids = ([], [])
+    for document, held_out in batch:
+        if isinstance(document, bytes):
+            try:
+                text = json.loads(document)["text"]
+            except (ValueError, TypeError, KeyError):
+                text = None
+        else:
+            text = document
+        if not isinstance(text, str):
+            raise UserError(f"expected a document with a field `text`, got {document[:80]!r}")
+        ids[held_out].append(tokenizer.encode_document(text).tobytes())
+    return b"".join(ids[False]), b"".join(ids[True])
+
+
+def batches(documents: Iterator[Document], held_out: set[int],
+            ) -> Iterator[list[tuple[Document, bool]]]:
+    """Group documents, each with whether it is held out, by about BATCH_BYTES."""
+    batch, size = [], 0
+    for i, document in enumerate(documents):
+        batch.append((document, i in held_out))
+        size += len(document)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def choose_held_out(n_documents: int, val_fraction: float, seed: int) -> set[int]:
+    """Which documents are held out: those that `datasets`' train_test_split takes for testing."""
+    n_val = int(np.ceil(n_documents * val_fraction))
+    if n_val >= n_documents:
+        raise UserError(f"holding out {n_val} of {n_documents} documents leaves none to train on: "
+                        f"expected at least 2; for one long text, see data/shakespeare/prepare.py")
+    return set(np.random.default_rng(seed).permutation(n_documents)[:n_val].tolist())
+
+
+# --------------------------------------------------------------------------------------- the script
+
+if __name__ == "__main__":
+    configure(globals())
+    check(globals(), "0 < val_fraction < 1", "seed >= 0", "num_proc is None or num_proc > 0")
+    folder = Path(out_dir) if out_dir else HERE
+
+    if input:
+        paths = sorted(map(Path, glob.glob(input, recursive=True)))
+        if not paths:
+            raise UserError(f"no file matches --input={input}")
+        for path in paths:
+            choose(f"the ending of {path}", path.suffix, [".parquet", ".jsonl", ".txt"])
+        try:
+            counts, sizes = zip(*map(measure, paths), strict=True)
+        except (OSError, ValueError) as error:  # unreadable; not UTF-8, not parquet
+            raise UserError(f"cannot read --input={input}: {error}") from None
+        n_documents, n_bytes, disk_bytes = sum(counts), sum(sizes), sum(sizes) // 2
+        documents = (document for path in paths for document in local_documents(path))
+    else:
+        documents = hub_documents()
+        n_documents, n_bytes, disk_bytes = REPOSITORY_DOCUMENTS, None, 2 * REPOSITORY_TOKENS
+    held_out = choose_held_out(n_documents, val_fraction, seed)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(folder).free
+    if disk_bytes > free_bytes:
+        raise UserError(f"{folder} has {free_bytes / 1e9:.1f} GB free, but about "
+                        f"{disk_bytes / 1e9:.1f} GB are needed: choose another with --out_dir=")
+
+    from tqdm import tqdm
+    n_workers = num_proc or os.cpu_count()
+    print(f"encoding {n_documents:,} documents on {n_workers} cores")
+    GPT2Tokenizer()  # downloads the BPE files, once for all workers
+    pool = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), start_worker)
+    progress = tqdm(total=n_bytes, unit="B", unit_scale=True)
+    pending, seen = deque(), 0
+    try:
+        with (written_whole(folder / "val.bin") as val_file,
+              written_whole(folder / "train.bin") as train_file, pool):
+            def write_oldest() -> None:
+                for file, ids in zip((train_file, val_file), pending.popleft().result(),
+                                     strict=True):
+                    file.write(ids)
+            for batch in batches(documents, held_out):
+                pending.append(pool.submit(encode, batch))
+                seen += len(batch)
+                progress.update(sum(len(document) for document, _ in batch))
+                if len(pending) > 2 * n_workers:
+                    write_oldest()
+            while pending:
+                write_oldest()
+            if seen != n_documents:
+                raise UserError(f"the source has {seen:,} documents, not {n_documents:,}: it "
+                                f"changed or is not whole; nothing was written")
+    except BrokenProcessPool:
+        raise UserError("a worker process was ended from outside, as happens when memory runs "
+                        "out: try a smaller --num_proc") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+        progress.close()
+    for name in ("train", "val"):
+        print(f"{folder / name}.bin: {(folder / f'{name}.bin').stat().st_size // 2:,} tokens")

@@ -1,0 +1,24 @@
+"""Tiny Shakespeare in GPT-2's BPE: 301,966 tokens to train on, 36,059 to validate.
+
+    python data/shakespeare/prepare.py
+
+Reads input.txt in this folder, downloading it if it is not there: put another text in its place
+to fine-tune on that one. Writes train.bin and val.bin here.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from configurator import configure
+from data.bins import read_input, write_text_dataset
+from data.tokenizer import GPT2Tokenizer
+
+# where input.txt comes from if it is not here
+url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+configure(globals())
+
+text = read_input(HERE / "input.txt", url)
+write_text_dataset(HERE, text, GPT2Tokenizer())

@@ -1,0 +1,25 @@
+"""Tiny Shakespeare, one token per character: 1,003,854 to train on, 111,540 to validate.
+
+    python data/shakespeare_char/prepare.py
+
+Reads input.txt in this folder, downloading it if it is not there: put another text in its place
+to learn that one. Writes train.bin, val.bin and meta.pkl here.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+from configurator import configure
+from data.bins import read_input, write_text_dataset
+from data.tokenizer import CharTokenizer
+
+# where input.txt comes from if it is not here
+url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+configure(globals())
+
+text = read_input(HERE / "input.txt", url)
+meta = CharTokenizer.meta_of(text)
+write_text_dataset(HERE, text, CharTokenizer(meta), meta)

@@ -1,0 +1,451 @@
+"""GPT-2 in one file: layers, forward, sampling, pretrained weights, optimizer groups, FLOPs.
+
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65))
+    logits, loss = model(idx, targets)              # idx, targets: (B, T) int64
+    tokens = model.generate(idx, max_new_tokens=100, top_k=200)
+    model = GPT.from_pretrained("gpt2")
+
+Shapes are written with these letters:
+
+    B  sequences in a batch          H  attention heads (n_head)
+    T  tokens in a sequence          D  width of one head (C / H)
+    C  width of the model (n_embd)   V  vocabulary (vocab_size)
+    S  tokens attended to: T, plus those already in the cache
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),  # GPT-2's own
+    "gelu": nn.GELU,  # the exact form: checkpoints whose model_args name no activation
+    "relu": nn.ReLU,
+}
+
+PRETRAINED = {  # short names, and where the Hugging Face hub keeps them
+    "gpt2": "openai-community/gpt2",  # 124M parameters
+    "gpt2-medium": "openai-community/gpt2-medium",  # 350M
+    "gpt2-large": "openai-community/gpt2-large",  # 774M
+    "gpt2-xl": "openai-community/gpt2-xl",  # 1558M
+    "distilgpt2": "distilbert/distilgpt2",  # 82M
+}
+
+
+@dataclass
+class GPTConfig:
+    """Shape of a GPT; the defaults are GPT-2 124M with its vocabulary padded to 64s.
+
+    Raises ValueError when no such network can be built.
+    """
+
+    block_size: int = 1024  # longest context, in tokens
+    vocab_size: int = 50304  # 50,257 ids of GPT-2, padded for fast matrix products
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in Linear and LayerNorm, as in GPT-2
+    activation: str = "gelu_tanh"  # gelu_tanh | gelu | relu
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} "
+                             f"heads: choose a multiple of {self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout}: expected 0 <= dropout < 1")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation = {self.activation!r}: "
+                             f"expected one of {', '.join(ACTIVATIONS)}")
+
+
+# ----------------------------------------------------------------------------------------- layers
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0,
+              ) -> torch.Tensor:
+    """Causal attention by torch's fused kernels.
+
+    q: (B, H, T, D), the last T of the S positions of k and v: (B, H, S, D); T is S or 1.
+    Returns (B, H, T, D).
+    """
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1)
+
+
+def attention_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0,
+                      ) -> torch.Tensor:
+    """The same as `attention`, written out, for any T <= S."""
+    T, S = q.size(2), k.size(2)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(diagonal=S - T + 1)
+    weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
+    return F.dropout(weights, dropout) @ v  # (B, H, T, D)
+
+
+class CausalSelfAttention(nn.Module):
+    attend = staticmethod(attention)
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor, past: torch.Tensor | None = None, start: int = 0,
+                ) -> torch.Tensor:
+        """x: (B, T, C) at positions start .. start + T; past: (2, B, H, S_max, D) keys, values."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if past is not None:
+            past[0, :, :, start:start + T] = k
+            past[1, :, :, start:start + T] = v
+            k, v = past[:, :, :, :start + T]  # (B, H, S, D)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.act = ACTIVATIONS[config.activation]()
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, past: torch.Tensor | None = None, start: int = 0,
+                ) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), past, start)
+        return x + self.mlp(self.ln_2(x))
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, so that decoding reads each token once."""
+
+    def __init__(self, config: GPTConfig, batch: int, size: int, dtype: torch.dtype,
+                 device: torch.device):
+        D = config.n_embd // config.n_head
+        self.layers = torch.empty(config.n_layer, 2, batch, config.n_head, size, D,
+                                  dtype=dtype, device=device)
+        self.length = 0  # tokens held
+
+
+# ------------------------------------------------------------------------------------------ model
+
+class GPT(nn.Module):
+    """A decoder-only transformer: GPT-2, to the letter, under the default settings."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix reads and writes ids
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                # Each of the 2 * n_layer residual additions widens the stream's variance, so
+                # those that feed it start smaller (GPT-2 report, section 2.3).
+                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(p, std=0.02 / shrink)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
+                cache: KVCache | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of the next token, and the mean cross entropy when targets are given.
+
+        idx: (B, T) int64 token ids; with a cache, the tokens that follow those it holds.
+        targets: (B, T) int64, the token after each of idx; -1 where there is nothing to predict.
+        Returns (logits, loss): (B, T, V) and a scalar with targets; without them, the logits of
+            the last position alone, (B, 1, V), and None.
+        Raises ValueError if the sequence is longer than block_size.
+        """
+        T, start = idx.size(1), cache.length if cache else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit block_size = "
+                             f"{self.config.block_size}: crop the input")
+        positions = torch.arange(start, start + T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = self.transformer.drop(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache.layers[i] if cache else None, start)
+        if cache:
+            cache.length += T
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None  # (B, 1, V)
+        logits = self.lm_head(x)  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+    # ---------------------------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+               top_k: int | None = None, top_p: float | None = None,
+               repetition_penalty: float = 1.0, stop: int | None = None,
+               n_vocab: int | None = None) -> Iterator[torch.Tensor]:
+        """Continue the sequences of idx, yielding each step's tokens, (B,) int64, as they come.
+
+        idx: (B, T) int64, T >= 1, of any length: past block_size, the model goes on from the
+            last half of its context.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw from exactly the k likeliest tokens.
+        top_p: draw from the fewest tokens whose probabilities sum to p (arXiv:1904.09751).
+        repetition_penalty: weakens tokens that have occurred; 1 is none (arXiv:1909.05858).
+        stop: a row that draws this id repeats it; ends when all rows have.
+        n_vocab: ids from here on are never drawn (the padding of the vocabulary).
+        Call `eval()` first. Raises ValueError for settings out of range.
+        """
+        V, block_size = self.config.vocab_size, self.config.block_size
+        n_vocab = n_vocab or V
+        for ok, what in (
+            (idx.dim() == 2 and idx.size(1) > 0, "the prompt is empty: expected at least 1 token"),
+            (max_new_tokens >= 0, f"max_new_tokens = {max_new_tokens}: expected 0 or more"),
+            (temperature >= 0, f"temperature = {temperature}: expected 0 or more"),
+            (top_k is None or top_k > 0, f"top_k = {top_k}: expected at least 1, or None"),
+            (top_p is None or 0 < top_p <= 1, f"top_p = {top_p}: expected 0 < top_p <= 1, or None"),
+            (repetition_penalty > 0, f"repetition_penalty = {repetition_penalty}: expected > 0"),
+            (n_vocab <= V, f"the tokenizer's {n_vocab} ids do not fit the model's {V}"),
+            (stop is None or 0 <= stop < n_vocab, f"stop = {stop}: expected an id below {n_vocab}"),
+        ):
+            if not ok:
+                raise ValueError(what)
+
+        B, T = idx.shape
+        device = idx.device
+        dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
+                 else self.lm_head.weight.dtype)
+        cache = KVCache(self.config, B, min(T + max_new_tokens, block_size), dtype, device)
+        tokens = F.pad(idx, (0, max_new_tokens))  # (B, T + n), filled in as tokens come
+        stopped = torch.zeros(B, dtype=torch.bool, device=device)
+        start = max(0, T - block_size)  # first token not yet read
+        for end in range(T, T + max_new_tokens):
+            if cache.length == block_size:
+                cache.length = 0
+                start = end - max(1, block_size // 2)
+            logits, _ = self(tokens[:, start:end], cache=cache)
+            logits = logits[:, -1, :n_vocab].float()  # (B, V)
+            if repetition_penalty != 1:
+                logits = penalize_repeats(logits, tokens[:, :end], repetition_penalty)
+            token = draw(logits, temperature, top_k, top_p)  # (B,)
+            if stop is not None:
+                token = token.masked_fill(stopped, stop)
+                stopped |= token == stop
+            tokens[:, end] = token
+            start = end
+            yield token
+            if stop is not None and stopped.all():
+                return
+
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, top_p: float | None = None,
+                 repetition_penalty: float = 1.0, stop: int | None = None,
+                 n_vocab: int | None = None) -> torch.Tensor:
+        """The prompts with their continuations, (B, T + max_new_tokens) int64; see `stream`.
+
+        Rows that end early are filled up with `stop`.
+        """
+        steps = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p,
+                                 repetition_penalty, stop, n_vocab))
+        tokens = torch.cat([idx, *(step[:, None] for step in steps)], dim=1)  # (B, T + steps)
+        return F.pad(tokens, (0, max_new_tokens - len(steps)), value=stop or 0)
+
+    # ----------------------------------------------------------------------- size, optimizer, FLOPs
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters; by default without the position embeddings, which no matrix
+        product reads. The token embeddings count: they are the head's weights too."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context. Raises ValueError if it is longer than the present one."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"block_size = {block_size}: the model's {self.config.block_size} "
+                             f"positions can only be cropped")
+        self.config.block_size = block_size
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
+        self.transformer.wpe.num_embeddings = block_size
+
+    def configure_optimizers(self, weight_decay: float, learning_rate: float,
+                             betas: tuple[float, float]) -> torch.optim.AdamW:
+        """Fused AdamW; weight decay on matrices and embeddings, none on biases and norms."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+    def flops_per_token(self) -> int:
+        """Model FLOPs of training on one token of a full block, a multiply-add counted as two.
+
+        Every matrix weight is used once forward and twice backward; so are the attention scores
+        and their use, counted over the whole block as is customary (arXiv:2204.02311, app. B).
+        """
+        c = self.config
+        weights = sum(p.numel() for p in self.transformer.h.parameters() if p.dim() == 2)
+        weights += self.lm_head.weight.numel()
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def estimate_mfu(self, fwdbwd_per_iter: int, dt: float, peak_flops: float | None,
+                     ) -> float | None:
+        """Fraction of `peak_flops` (per second) reached by `fwdbwd_per_iter` full blocks in `dt`
+        seconds of training on one device; None where the peak is not known."""
+        tokens = fwdbwd_per_iter * self.config.block_size
+        return self.flops_per_token() * tokens / dt / peak_flops if peak_flops else None
+
+    # --------------------------------------------------------------------------------- weights
+
+    def load_weights(self, state: dict[str, torch.Tensor], source: str) -> None:
+        """Copy parameters by name. Raises ValueError naming every missing, unknown or misshapen
+        tensor of `source`; then nothing was copied."""
+        own = self.state_dict()
+        if "lm_head.weight" not in state and "transformer.wte.weight" in state:
+            state = state | {"lm_head.weight": state["transformer.wte.weight"]}
+        wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
+        wrong += [f"{name} is unknown" for name in state.keys() - own.keys()]
+        wrong += [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+                  for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
+        if not wrong and not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
+            wrong = ["lm_head.weight differs from transformer.wte.weight (this model ties them)"]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ValueError(f"{source} does not fit the model: "
+                             f"{'; '.join(sorted(wrong)[:3])}{more}")
+        self.load_state_dict(state)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, dropout: float = 0.0) -> "GPT":
+        """GPT-2 weights in Hugging Face's format; the shape is read from their config.json.
+
+        name_or_path: gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, any hub repository of
+            a GPT-2, or a local folder with config.json and model.safetensors or
+            pytorch_model.bin, whole or in shards.
+        Raises ValueError if they cannot be had, or are not a GPT-2 of this form.
+        """
+        hf, tensors = read_pretrained(name_or_path)
+        activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+                       "gelu": "gelu", "relu": "relu"}
+        unlike = {key: hf[key] for key, usual in (
+            ("model_type", ("gpt2",)), ("n_inner", (None, 4 * hf.get("n_embd", 0))),
+            ("layer_norm_epsilon", (1e-5,)), ("scale_attn_weights", (True,)),
+            ("scale_attn_by_inverse_layer_idx", (False,)), ("tie_word_embeddings", (True,)),
+            ("activation_function", activations)) if key in hf and hf[key] not in usual}
+        sizes = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
+        unlike |= {key: hf.get(key) for key in sizes if not isinstance(hf.get(key), int)}
+        if unlike:
+            raise ValueError(f"{name_or_path} is not a GPT-2 of this form: its config.json has "
+                             + ", ".join(f"{k} = {v!r}" for k, v in unlike.items()))
+        model = cls(GPTConfig(block_size=hf["n_positions"], vocab_size=hf["vocab_size"],
+                              n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"],
+                              dropout=dropout, bias=True,
+                              activation=activations[hf.get("activation_function", "gelu_new")]))
+        state = {}
+        for name, tensor in tensors.items():
+            if name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # causal masks that older files store
+            if name.endswith(("attn.c_attn.weight", "c_proj.weight", "mlp.c_fc.weight")):
+                tensor = tensor.t()  # Conv1D keeps (in, out), Linear (out, in)
+            if not name.startswith(("transformer.", "lm_head.")):
+                name = f"transformer.{name}"
+            state[name] = tensor
+        model.load_weights(state, source=name_or_path)
+        return model
+
+
+# --------------------------------------------------------------------------- from logits to tokens
+
+def penalize_repeats(logits: torch.Tensor, tokens: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Weaken the logits, (B, V), of the ids that occur in tokens, (B, T) (arXiv:1909.05858)."""
+    seen = logits.gather(1, tokens)  # (B, T)
+    return logits.scatter(1, tokens, torch.where(seen > 0, seen / penalty, seen * penalty))
+
+
+def draw(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None,
+         ) -> torch.Tensor:
+    """Draw one id per row, (B,) int64, from logits (B, V); settings as in `GPT.stream`."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    if top_k is None and top_p is None:
+        return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(1)
+    V = logits.size(1)
+    logits, ids = logits.topk(min(top_k or V, V))  # (B, K), likeliest first
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:
+        likelier = probs.cumsum(dim=-1) - probs  # mass of the tokens before each
+        probs = probs.masked_fill(likelier >= top_p, 0)
+    return ids.gather(1, torch.multinomial(probs, 1)).squeeze(1)
+
+
+# --------------------------------------------------------------------- files of pretrained weights
+
+def pretrained_folder(name_or_path: str) -> Path:
+    """The local folder itself, or one downloaded from the Hugging Face hub (and kept there)."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    from huggingface_hub import snapshot_download
+    repo = PRETRAINED.get(name_or_path, name_or_path)
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors"]))
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(repo, allow_patterns=["config.json",
+                                                                     "pytorch_model*.bin"]))
+    except (ValueError, OSError) as error:  # no such name; no such repository, or no network
+        raise ValueError(f"{name_or_path!r} is not a folder here, and {repo} did not come from the "
+                         f"Hugging Face hub ({str(error).splitlines()[0]})") from None
+    return folder
+
+
+def read_pretrained(name_or_path: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """config.json as a dict, and every tensor of the weights, whole or in shards, by its name."""
+    folder = pretrained_folder(name_or_path)
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files or not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no pretrained model: expected config.json, and "
+                         f"model.safetensors or pytorch_model.bin, whole or in shards")
+    from safetensors.torch import load_file
+    state = {}
+    for path in (folder / "config.json", *files):
+        try:
+            if path.suffix == ".json":
+                config = dict(json.loads(path.read_text(encoding="utf-8")))
+            elif path.suffix == ".safetensors":
+                state |= load_file(path)
+            else:
+                state |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # each reader has its own; all mean a file that is not whole
+            raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    return config, state

@@ -1,0 +1,195 @@
+"""Where a script runs: device, precision, compilation, processes, seeds, and the wish to stop.
+
+Choices left to us (a setting of None) follow from what the hardware can do, never from a timing,
+so that two runs on one machine choose alike.
+"""
+
+import os
+import signal
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import FrameType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from configurator import UserError, choose
+
+# Dense peak of a device in TFLOP/s for (bfloat16, float16, float32), without sparsity; float32 is
+# TF32 where the device has it, since `start` allows that. None: the device lacks the format.
+# From the makers' data sheets: NVIDIA A100, H100, H200, HGX B200, L4, L40S, V100, T4; NVIDIA Ada
+# and Ampere GA102 white papers (RTX 4090, 3090: with float32 accumulation); AMD MI300X, MI250X.
+PEAK_TFLOPS = {
+    "B200": (2250, 2250, 1125),
+    "H200": (989.5, 989.5, 494.7),
+    "H100 PCIe": (756, 756, 378),
+    "H100 NVL": (835.5, 835.5, 417.5),
+    "H100": (989.5, 989.5, 494.7),
+    "A100": (312, 312, 156),
+    "L40S": (362, 362, 183),
+    "L4": (121, 121, 60),
+    "RTX 4090": (165.2, 165.2, 82.6),
+    "RTX 3090": (71, 71, 35.6),
+    "V100": (None, 125, 15.7),
+    "T4": (None, 65, 8.1),
+    "MI300X": (1307.4, 1307.4, 163.4),
+    "MI250X": (383, 383, 95.7),
+}
+DTYPES = ["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    device: torch.device
+    dtype: str  # bfloat16 | float16 | float32
+    compile: bool
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which forward passes run in `dtype`; weights stay float32."""
+        return torch.autocast(self.device.type, getattr(torch, self.dtype),
+                              enabled=self.dtype != "float32")
+
+    def to_device(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """Copies of arrays on the device; to a GPU without waiting for the copy."""
+        tensors = [torch.from_numpy(array) for array in arrays]
+        if self.device.type == "cuda":
+            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        return [t.to(self.device) for t in tensors]
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all processes, in float64."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def peak_memory(self) -> int:
+        """Most bytes held so far: of the GPU by tensors, else of the process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource  # not on Windows
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+    def close(self) -> None:
+        """Part from the other processes."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    def peak_flops(self) -> float | None:
+        """The device's peak, FLOP/s, in `dtype`; None if it is not in PEAK_TFLOPS."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        row = next((row for key, row in PEAK_TFLOPS.items() if key in name), None)
+        tflops = row[DTYPES.index(self.dtype)] if row else None
+        return tflops * 1e12 if tflops else None
+
+
+def start(device: str | None, dtype: str | None, compile: bool | None,
+          backend: str | None = None) -> Runtime:
+    """Settle where to run; under torchrun, join the other processes. Prints what was chosen.
+
+    device: cpu, cuda, cuda:N or mps; dtype: one of DTYPES; backend: nccl or gloo; None chooses.
+    Raises UserError for what this machine does not have.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(device)
+    if world_size > 1 and device.type == "cuda":
+        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    dtype = choose_dtype(dtype, device)
+    compile = device.type == "cuda" if compile is None else compile
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    if world_size > 1:
+        backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(choose("backend", backend, ["nccl", "gloo"]))
+    runtime = Runtime(device, dtype, compile, rank, world_size)
+    if runtime.is_main:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peak = runtime.peak_flops()
+        print(f"running on {device}{f' ({name})' if name else ''}, {dtype}, "
+              f"{'compiled' if compile else 'not compiled'}, {world_size} process"
+              f"{'es' if world_size > 1 else ''}"
+              f"{f', MFU of {peak / 1e12:g} TFLOP/s' if peak else ''}", flush=True)
+    return runtime
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device asked for, or the best there is. Raises UserError if there is no such device."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device is None:
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    kind, _, index = device.partition(":")
+    choose("device", kind, ["cpu", "cuda", "mps"])
+    if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
+        raise UserError(f"device = {device!r}, but this machine or this torch has no {kind}: "
+                        f"leave the setting out to use {choose_device(None)}")
+    count = {"cpu": 1, "mps": 1}.get(kind) or torch.cuda.device_count()
+    if ":" in device and not (index.isdecimal() and int(index) < count):
+        raise UserError(f"device = {device!r}: expected {kind}:0 to {kind}:{count - 1}")
+    return torch.device(device)
+
+
+def choose_dtype(dtype: str | None, device: torch.device) -> str:
+    """The precision asked for, or bfloat16 where the hardware multiplies it."""
+    cuda = device.type == "cuda"
+    native = torch.cpu.get_capabilities()
+    bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda else
+            device.type == "cpu" and (native.get("amx_bf16") or native.get("avx512_bf16")))
+    if dtype is None:
+        return "bfloat16" if bf16 else "float16" if cuda else "float32"
+    choose("dtype", dtype, DTYPES)
+    if dtype == "float16" and device.type == "cpu":
+        raise UserError("dtype = 'float16' needs a GPU: use bfloat16 or float32 on a CPU")
+    return dtype
+
+
+def seed_torch(*key: int) -> None:
+    """Seed torch's generators, of all devices, from whole numbers such as (seed, iteration)."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+class StopSignals:
+    """Notes SIGINT (Ctrl-C) and SIGTERM, so that a loop can finish its step and save.
+
+    A second Ctrl-C stops at once.
+    """
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+        self.received = 0  # the signal's number
+        # Asking over a GPU's own links would wait for the GPU, so the processes ask on the side.
+        self.group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def agreed(self) -> int:
+        """The signal that any process has received, the same on all; 0 for none."""
+        if self.group is None:
+            return self.received
+        number = torch.tensor(self.received)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.group)
+        return int(number)

@@ -1,0 +1,297 @@
+"""Train a GPT, or go on training one.
+
+    python train.py config/train_shakespeare_char.py                    # a character model
+    python train.py config/train_shakespeare_char.py --init_from=resume # go on after a stop
+    python train.py --help                                              # all settings
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+Settings are the variables below; config files and --key=value arguments override them.
+"""
+
+import time
+
+from configurator import UserError, check, configure, user_errors
+
+# output
+out_dir = "out"  # where checkpoints and metrics.jsonl go
+eval_interval = 2000  # steps between evaluations
+log_interval = 1  # steps between log lines
+eval_iters = 200  # batches in an evaluation; 0: the whole validation split, each token once
+eval_only = False  # evaluate once, write nothing
+always_save_checkpoint = True  # save ckpt.pt at every evaluation, not only at the end
+init_from = "scratch"  # scratch | resume | auto (resume if there is a checkpoint) | gpt2* | a path
+# logging
+wandb_log = False  # to Weights & Biases
+wandb_project = "owt"
+wandb_run_name = "gpt2"
+tensorboard_log = False  # to out_dir/tensorboard
+# data
+dataset = "openwebtext"  # a folder under data/, or the path of one
+gradient_accumulation_steps = 5 * 8  # micro-batches in a step, over all processes
+batch_size = 12  # sequences in a micro-batch
+block_size = 1024  # tokens in a sequence
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 for pretraining; try 0.1 or more for fine-tuning and small data
+bias = False  # in Linear and LayerNorm; GPT-2 has it, without is slightly better and faster
+activation = "gelu_tanh"  # gelu_tanh | gelu | relu
+# AdamW
+learning_rate = 6e-4  # the highest
+max_iters = 600000  # steps in all
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0: any
+# learning rate schedule
+decay_lr = True  # warm up, then follow a cosine down to min_lr; False: learning_rate throughout
+warmup_iters = 2000
+lr_decay_iters = 600000  # where min_lr is reached; usually max_iters
+min_lr = 6e-5  # usually learning_rate / 10
+# machine
+seed = 1337  # of initialisation, batches and dropout
+backend: str | None = None  # nccl | gloo, between processes; None: choose
+device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
+dtype: str | None = None  # float32 | bfloat16 | float16; None: bfloat16 where the hardware has it
+compile: bool | None = None  # torch.compile; None: on a GPU
+
+config, given = configure(globals())
+start_time = time.time()
+check(globals(), "eval_interval >= 1", "log_interval >= 1", "eval_iters >= 0",
+      "gradient_accumulation_steps >= 1", "batch_size >= 1", "block_size >= 1", "n_layer >= 1",
+      "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1", "learning_rate > 0", "max_iters >= 0",
+      "weight_decay >= 0", "0 <= beta1 < 1", "0 <= beta2 < 1", "grad_clip >= 0",
+      "warmup_iters >= 0", "lr_decay_iters >= 1", "min_lr >= 0", "seed >= 0")
+
+import math
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import runtime
+from data.bins import all_starts, dataset_folder, gather, open_bin, random_starts
+from data.tokenizer import load_meta
+from metrics import Metrics, Stopwatch
+from model import GPT, GPTConfig
+
+# Streams of random numbers: no two may ever be seeded alike.
+TRAIN_BATCHES, TRAIN_EVALUATION, VAL_EVALUATION, DROPOUT = range(4)
+
+# ------------------------------------------------------------------------- the run to go on with
+
+resumed = None
+if init_from in ("resume", "auto"):
+    resumed = checkpoint.newest(out_dir)
+    if resumed:
+        config = checkpoint.restore_settings(config, given, resumed)
+        globals().update(config)
+    elif init_from == "resume":
+        raise UserError(f"nothing to resume: {out_dir} has neither {checkpoint.NEWEST} nor "
+                        f"{checkpoint.BEST}; use --init_from=auto to start in that case")
+check(globals(), "warmup_iters < lr_decay_iters or not decay_lr",
+      "min_lr <= learning_rate or not decay_lr")
+
+# --------------------------------------------------------------------------------------- runtime
+
+rt = runtime.start(device, dtype, compile, backend)
+if gradient_accumulation_steps % rt.world_size:
+    raise UserError(f"gradient_accumulation_steps = {gradient_accumulation_steps} does not divide "
+                    f"among {rt.world_size} processes: choose a multiple of {rt.world_size}")
+micro_steps = gradient_accumulation_steps // rt.world_size  # of this process
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+
+# ----------------------------------------------------------------------------------------- model
+
+folder = dataset_folder(dataset)
+meta = load_meta(folder)
+vocab_size = meta["vocab_size"] if meta else 50304  # GPT-2's 50,257, padded to a multiple of 64
+torch.manual_seed(seed)
+with user_errors():
+    if resumed:
+        model = checkpoint.build_model(resumed, dropout)
+        checkpoint.check_tokenizer(resumed.get("meta", meta), meta, resumed["path"], dataset)
+    elif init_from in ("scratch", "auto"):
+        model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)}))
+    else:
+        model, model_meta = checkpoint.load_pretrained(init_from, dropout)
+        checkpoint.check_tokenizer(model_meta, meta, init_from, dataset)
+        model.crop_block_size(block_size)
+model_args = asdict(model.config)
+config |= {name: model_args[name] for name in model_args if name in config}  # as it was loaded
+vocab_size = model.config.vocab_size
+model.to(rt.device)
+
+train_tokens = open_bin(folder / "train.bin", block_size, vocab_size)
+val_tokens = open_bin(folder / "val.bin", block_size, vocab_size)
+
+# ------------------------------------------------------------------------------------- optimizer
+
+optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2))
+scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
+iter_num, best_val_loss, history, seconds_before = 0, math.inf, [], 0.0
+saved_at = None  # the step that ckpt.pt holds
+if resumed:
+    saved_at = iter_num = resumed.get("iter_num", 0)
+    best_val_loss = float(resumed.get("best_val_loss", math.inf))
+    history, seconds_before = resumed.get("history", []), resumed.get("seconds", 0.0)
+    checkpoint.load_optimizer(optimizer, scaler, resumed)
+    del resumed["model"], resumed["optimizer"]  # their memory is needed
+
+net = torch.compile(model) if rt.compile else model  # what runs; `model` owns the parameters
+ddp = DistributedDataParallel(net) if rt.world_size > 1 else None
+
+
+def lr_at(i: int) -> float:
+    """Learning rate of step i."""
+    if not decay_lr:
+        return learning_rate
+    if i < warmup_iters:  # rise in equal steps
+        return learning_rate * (i + 1) / (warmup_iters + 1)
+    if i >= lr_decay_iters:
+        return min_lr
+    done = (i - warmup_iters) / (lr_decay_iters - warmup_iters)  # of the decay, 0 to 1
+    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+# ------------------------------------------------------------------------------------ evaluation
+
+# Where the blocks of an evaluation begin: the same every time.
+val_starts = all_starts(len(val_tokens), block_size) if eval_iters == 0 else random_starts(
+    len(val_tokens), block_size, eval_iters * batch_size, (VAL_EVALUATION, seed))
+train_starts = random_starts(
+    len(train_tokens), block_size, len(val_starts), (TRAIN_EVALUATION, seed))
+
+
+@torch.no_grad()
+def evaluate(tokens: np.ndarray, starts: np.ndarray) -> tuple[float, float]:
+    """Mean loss and next-token accuracy over the blocks at `starts`, shared by all processes."""
+    model.eval()
+    loss_sum = correct = count = 0.0
+    for first in range(rt.rank * batch_size, len(starts), rt.world_size * batch_size):
+        block = starts[first:first + batch_size]
+        x, y = rt.to_device(*gather(tokens, block, block_size, vocab_size))
+        with rt.autocast():
+            logits, loss = net(x, y)
+        n = (y >= 0).sum().item()
+        loss_sum += loss.item() * n
+        correct += (logits.argmax(dim=-1) == y).sum().item()
+        count += n
+    model.train()
+    loss_sum, correct, count = rt.sum(loss_sum, correct, count)
+    return loss_sum / count, correct / count
+
+
+def seconds() -> float:
+    """Wall-clock seconds of this run, the parts before a resume included."""
+    return seconds_before + time.time() - start_time
+
+
+def save(name: str) -> None:
+    """Write all that the run needs to go on from here."""
+    if rt.is_main:
+        checkpoint.save(Path(out_dir) / name, {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(), "model_args": model_args, "config": config,
+            "iter_num": iter_num, "best_val_loss": best_val_loss, "history": history,
+            "meta": meta, "seconds": seconds()})
+
+
+# ------------------------------------------------------------------------------------------ loop
+
+if rt.is_main:
+    print(f"{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
+          f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate", flush=True)
+    if not eval_only:
+        checkpoint.prepare_out_dir(out_dir, fresh=saved_at is None)
+metrics = Metrics(rt, None if eval_only else out_dir, config, iter_num, history)
+stopwatch = Stopwatch(rt)
+stop_signals = runtime.StopSignals(rt)
+model.train()
+
+while True:
+    lr = lr_at(iter_num)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+    # evaluate and save
+    stop = stop_signals.agreed()
+    due = iter_num % eval_interval == 0 or iter_num == max_iters
+    if eval_only or (due and not stop and iter_num not in [r["iter"] for r in history]):
+        train_loss, _ = evaluate(train_tokens, train_starts)
+        val_loss, val_accuracy = evaluate(val_tokens, val_starts)
+        record = {"iter": iter_num, "train_loss": train_loss, "val_loss": val_loss,
+                  "val_perplexity": math.exp(val_loss), "val_accuracy": val_accuracy,
+                  "seconds": seconds()}
+        metrics.evaluation(record)
+        if eval_only:
+            break
+        history.append(record)
+        if val_loss < best_val_loss:
+            best_val_loss = val_loss
+            if iter_num > 0:
+                save(checkpoint.BEST)
+        if always_save_checkpoint and iter_num > 0:
+            save(checkpoint.NEWEST)
+            saved_at = iter_num
+    if iter_num >= max_iters or stop:
+        break
+
+    # gradients, one micro-batch after the other; this process takes every world_size-th
+    stopwatch.start()
+    starts = random_starts(len(train_tokens), block_size, gradient_accumulation_steps * batch_size,
+                           (TRAIN_BATCHES, seed, iter_num)).reshape(-1, batch_size)
+    loss_sum = torch.zeros((), device=rt.device)
+    for micro_step in range(rt.rank, gradient_accumulation_steps, rt.world_size):
+        x, y = rt.to_device(*gather(train_tokens, starts[micro_step], block_size, vocab_size))
+        stopwatch.lap("data_ms")
+        runtime.seed_torch(DROPOUT, seed, iter_num, micro_step)
+        last = micro_step + rt.world_size >= gradient_accumulation_steps
+        with ddp.no_sync() if ddp and not last else nullcontext():
+            with rt.autocast():
+                _, loss = (ddp or net)(x, y)
+            stopwatch.lap("forward_ms")
+            scaler.scale(loss / micro_steps).backward()
+            stopwatch.lap("backward_ms")
+        loss_sum += loss.detach()
+
+    # update
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    stopwatch.lap("optimizer_ms")
+
+    # log
+    if iter_num % log_interval == 0:
+        phases_ms = stopwatch.read()
+        dt = sum(phases_ms.values()) / 1e3
+        mean_loss = rt.sum(loss_sum.item())[0] / gradient_accumulation_steps
+        metrics.step({"iter": iter_num, "loss": mean_loss, "lr": lr,
+                      "grad_norm": grad_norm.item(), "tokens_per_s": tokens_per_iter / dt,
+                      "mfu": model.estimate_mfu(micro_steps * batch_size, dt, rt.peak_flops()),
+                      **phases_ms, "seconds": seconds()})
+    iter_num += 1
+    metrics.advance()
+
+# -------------------------------------------------------------------------------------------- end
+
+if not eval_only and saved_at != iter_num:
+    save(checkpoint.NEWEST)
+metrics.close()
+rt.close()
+if not eval_only and rt.is_main:
+    if stop:
+        print(f"stopped by signal {stop} after {iter_num} steps, saved: "
+              f"go on with --init_from=resume")
+    else:
+        print(f"{iter_num} steps done, best validation loss {best_val_loss:.4f}: "
+              f"python sample.py --out_dir={out_dir}")
+sys.exit(128 + stop if stop else 0)
