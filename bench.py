@@ -7,7 +7,7 @@
 Settings are the variables below; config files and --key=value arguments override them.
 """
 
-from configurator import check, configure, user_errors
+from configurator import check, choose, configure, user_errors
 
 batch_size: int | None = None  # sequences in a step; None: 12 on a GPU, 1 elsewhere
 block_size = 1024  # tokens in a sequence
@@ -43,7 +43,7 @@ import runtime
 from data.bins import dataset_folder, gather, open_bin, random_starts
 from data.tokenizer import load_meta
 from metrics import Stopwatch
-from model import GPT, GPTConfig
+from model import ACTIVATIONS, GPT, GPTConfig
 
 rt = runtime.start(device, dtype, compile)
 gpu = rt.device.type == "cuda"
@@ -63,6 +63,7 @@ else:
     tokens = np.random.default_rng(seed).integers(0, vocab_size, 2**20).astype(np.uint16)
     print(f"random tokens{f', as there is no {path}' if real_data else ''}")
 
+choose("activation", activation, list(ACTIVATIONS))
 torch.manual_seed(seed)
 with user_errors():
     model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)})).to(rt.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, choose
 from data.bins import written_whole
 from data.tokenizer import check_meta
 from model import GPT, PRETRAINED, GPTConfig
@@ -94,9 +94,8 @@ def load_pretrained(name_or_path: str, dropout: float = 0.0) -> tuple[GPT, dict 
         return build_model(contents, dropout), contents.get("meta")
     if path.suffix == ".pt" or (not path.is_dir() and name_or_path not in PRETRAINED
                                 and "/" not in name_or_path):
-        raise UserError(f"init_from = {name_or_path!r}: expected scratch, resume, auto, "
-                        f"{', '.join(PRETRAINED)}, a checkpoint, a folder, or owner/name on the "
-                        f"Hugging Face hub")
+        choose("init_from", name_or_path, ["scratch", "resume", "auto", *PRETRAINED, "a checkpoint",
+                                           "a folder", "owner/name on the Hugging Face hub"])
     return GPT.from_pretrained(name_or_path, dropout), None
 
 

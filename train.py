@@ -10,7 +10,7 @@ Settings are the variables below; config files and --key=value arguments overrid
 
 import time
 
-from configurator import UserError, check, configure, user_errors
+from configurator import UserError, check, choose, configure, user_errors
 
 # output
 out_dir = "out"  # where checkpoints and metrics.jsonl go
@@ -79,7 +79,7 @@ import runtime
 from data.bins import all_starts, dataset_folder, gather, open_bin, random_starts
 from data.tokenizer import load_meta
 from metrics import Metrics, Stopwatch
-from model import GPT, GPTConfig
+from model import ACTIVATIONS, GPT, GPTConfig
 
 # Streams of random numbers: no two may ever be seeded alike.
 TRAIN_BATCHES, TRAIN_EVALUATION, VAL_EVALUATION, DROPOUT = range(4)
@@ -112,6 +112,7 @@ tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 folder = dataset_folder(dataset)
 meta = load_meta(folder)
 vocab_size = meta["vocab_size"] if meta else 50304  # GPT-2's 50,257, padded to a multiple of 64
+choose("activation", activation, list(ACTIVATIONS))
 torch.manual_seed(seed)
 with user_errors():
     if resumed:
@@ -227,7 +228,7 @@ while True:
         train_loss, _ = evaluate(train_tokens, train_starts)
         val_loss, val_accuracy = evaluate(val_tokens, val_starts)
         record = {"iter": iter_num, "train_loss": train_loss, "val_loss": val_loss,
-                  "val_perplexity": math.exp(val_loss), "val_accuracy": val_accuracy,
+                  "val_perplexity": math.exp(min(val_loss, 700)), "val_accuracy": val_accuracy,
                   "seconds": seconds()}
         metrics.evaluation(record)
         if eval_only:
