@@ -40,7 +40,7 @@ import numpy as np
 import torch
 
 import runtime
-from data.bins import dataset_folder, gather, open_bin, random_starts
+from data.bins import check_vocabulary, dataset_folder, gather, open_bin, random_starts
 from data.tokenizer import load_meta
 from metrics import Stopwatch
 from model import ACTIVATIONS, GPT, GPTConfig
@@ -57,7 +57,8 @@ found = real_data and path.exists()
 meta = load_meta(path.parent) if found else None
 vocab_size = meta["vocab_size"] if meta else 50304
 if found:
-    tokens = open_bin(path, block_size, vocab_size)
+    tokens = open_bin(path, block_size)
+    check_vocabulary(tokens, vocab_size)
     print(f"tokens of {path}")
 else:
     tokens = np.random.default_rng(seed).integers(0, vocab_size, 2**20).astype(np.uint16)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError, choose
+from configurator import UserError, announce, choose
 from data.bins import written_whole
 from data.tokenizer import check_meta
 from model import GPT, PRETRAINED, GPTConfig
@@ -116,7 +116,7 @@ def restore_settings(config: dict, given: dict, contents: dict) -> dict:
         if name in saved and value != saved[name]:
             changes.append(f"{name} {saved[name]!r} -> {value!r}")
     if changes:
-        print("changed since the checkpoint:", ", ".join(changes))
+        announce("changed since the checkpoint:", ", ".join(changes))
     return config | saved | given
 
 

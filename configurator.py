@@ -33,8 +33,8 @@ class UserError(Exception):
 def configure(settings: dict, argv: list[str] | None = None) -> tuple[dict, dict]:
     """Override a script's settings from config files and --key=value arguments.
 
-    settings: the script's `globals()`, changed in place. Its public top-level variables that hold
-        a bool, int, float, str or None are the settings; an annotation such as `int | None`
+    settings: the script's `globals()`, changed in place. Its public lower-case variables that
+        hold a bool, int, float, str or None are the settings; an annotation such as `int | None`
         widens what one accepts, otherwise the type of the default decides.
     argv: arguments without the program's name; `sys.argv[1:]` if None.
     Returns (config, given): all settings by name, and those that files or arguments named,
@@ -42,7 +42,7 @@ def configure(settings: dict, argv: list[str] | None = None) -> tuple[dict, dict
     Raises UserError. From here on an uncaught UserError ends the process in one line on stderr
     and exit status 2.
     """
-    sys.excepthook = _print_user_error
+    sys.excepthook = _end_in_one_line
     kinds = _kinds(settings)
     defaults = {name: settings[name] for name in kinds}
     given = {}
@@ -62,9 +62,15 @@ def configure(settings: dict, argv: list[str] | None = None) -> tuple[dict, dict
             given[name] = _parse(name, text, kinds[name])
     settings.update(given)
     changed = [f"{k}={v!r}" for k, v in given.items() if v != defaults[k]]
-    if changed and os.environ.get("RANK", "0") == "0":
-        print("settings:", *changed, flush=True)
+    if changed:
+        announce("settings:", *changed)
     return defaults | given, given
+
+
+def announce(*words: object) -> None:
+    """Print, if this is the only process or, under torchrun, the main one."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*words, flush=True)
 
 
 def check(settings: dict, *rules: str) -> None:
@@ -101,7 +107,7 @@ def _kinds(settings: dict) -> dict[str, tuple[type, ...]]:
     annotations = settings.get("__annotations__", {})
     kinds = {}
     for name, value in settings.items():
-        if name.startswith("_") or not isinstance(value, PLAIN_TYPES):
+        if name.startswith("_") or name.isupper() or not isinstance(value, PLAIN_TYPES):
             continue
         annotation = annotations.get(name, type(value))
         kinds[name] = typing.get_args(annotation) or (annotation,)
@@ -110,7 +116,7 @@ def _kinds(settings: dict) -> dict[str, tuple[type, ...]]:
 
 def _run_config(arg: str, current: dict, kinds: dict) -> dict:
     """Execute one config file; return the settings that it sets."""
-    path = next((p for p in (Path(arg), ROOT / arg) if p.exists()), None)
+    path = next((p for p in (Path(arg), ROOT / arg) if os.path.exists(p)), None)
     if path is None:
         raise UserError(f"no config file {arg!r}: arguments are config files and --key=value")
     # Settings are visible as builtins, so that what the file assigns stands apart from them.
@@ -124,7 +130,8 @@ def _run_config(arg: str, current: dict, kinds: dict) -> dict:
         raise UserError(f"config file {path} failed with {message}") from None
     found = {}
     for name, value in namespace.items():
-        if name.startswith("_") or isinstance(value, (types.ModuleType, type)) or callable(value):
+        if name.startswith("_") or (name not in kinds and (
+                isinstance(value, types.ModuleType) or callable(value))):
             continue
         _known(name, kinds, f"{path}: setting")
         found[name] = _convert(name, value, kinds[name])
@@ -164,7 +171,11 @@ def _wrong_type(name: str, value: object, kinds: tuple[type, ...]) -> UserError:
     words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text",
              types.NoneType: "None"}
     expected = " or ".join(words[kind] for kind in kinds)
-    return UserError(f"{name} = {value!r} is {type(value).__name__}: expected {expected}")
+    try:
+        found = " ".join(repr(value).split())
+    except ValueError:  # a whole number of thousands of digits
+        found = "a number of very many digits"
+    return UserError(f"{name} = {found} is {type(value).__name__}: expected {expected}")
 
 
 def _known(name: str, kinds: dict, what: str) -> None:
@@ -198,10 +209,11 @@ def _help(settings: dict, kinds: dict) -> str:
     return "\n".join([settings["__doc__"] or "", "Settings:", *rows.values()])
 
 
-def _print_user_error(kind: type, error: BaseException, trace: types.TracebackType) -> None:
-    if not issubclass(kind, UserError):
-        sys.__excepthook__(kind, error, trace)
+def _end_in_one_line(kind: type, error: BaseException, trace: types.TracebackType) -> None:
+    if not issubclass(kind, (UserError, KeyboardInterrupt)):
+        sys.__excepthook__(kind, error, trace)  # a bug of ours: it keeps its traceback
         return
     sys.stdout.flush()
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    interrupted = issubclass(kind, KeyboardInterrupt)
+    print("stopped by Ctrl-C" if interrupted else f"error: {error}", file=sys.stderr)
+    raise SystemExit(130 if interrupted else 2)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, choose
+from configurator import UserError, announce, choose
 
 # Dense peak of a device in TFLOP/s for (bfloat16, float16, float32), without sparsity; float32 is
 # TF32 where the device has it, since `start` allows that. None: the device lacks the format.
@@ -122,13 +122,11 @@ def start(device: str | None, dtype: str | None, compile: bool | None,
         backend = backend or ("nccl" if device.type == "cuda" else "gloo")
         dist.init_process_group(choose("backend", backend, ["nccl", "gloo"]))
     runtime = Runtime(device, dtype, compile, rank, world_size)
-    if runtime.is_main:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        peak = runtime.peak_flops()
-        print(f"running on {device}{f' ({name})' if name else ''}, {dtype}, "
-              f"{'compiled' if compile else 'not compiled'}, {world_size} process"
-              f"{'es' if world_size > 1 else ''}"
-              f"{f', MFU of {peak / 1e12:g} TFLOP/s' if peak else ''}", flush=True)
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    peak = runtime.peak_flops()
+    announce(f"running on {device}{name}, {dtype}, {'compiled' if compile else 'not compiled'}, "
+             f"{world_size} process{'es' if world_size > 1 else ''}"
+             f"{f', peak {peak / 1e12:g} TFLOP/s' if peak else ''}")
     return runtime
 
 

@@ -10,7 +10,7 @@ Settings are the variables below; config files and --key=value arguments overrid
 
 import time
 
-from configurator import UserError, check, choose, configure, user_errors
+from configurator import UserError, announce, check, choose, configure, user_errors
 
 # output
 out_dir = "out"  # where checkpoints and metrics.jsonl go
@@ -76,7 +76,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import runtime
-from data.bins import all_starts, dataset_folder, gather, open_bin, random_starts
+from data.bins import (
+    all_starts,
+    check_vocabulary,
+    dataset_folder,
+    gather,
+    open_bin,
+    random_starts,
+)
 from data.tokenizer import load_meta
 from metrics import Metrics, Stopwatch
 from model import ACTIVATIONS, GPT, GPTConfig
@@ -107,9 +114,11 @@ if gradient_accumulation_steps % rt.world_size:
 micro_steps = gradient_accumulation_steps // rt.world_size  # of this process
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
-# ----------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------- data, model
 
 folder = dataset_folder(dataset)
+train_tokens = open_bin(folder / "train.bin", block_size)
+val_tokens = open_bin(folder / "val.bin", block_size)
 meta = load_meta(folder)
 vocab_size = meta["vocab_size"] if meta else 50304  # GPT-2's 50,257, padded to a multiple of 64
 choose("activation", activation, list(ACTIVATIONS))
@@ -127,10 +136,9 @@ with user_errors():
 model_args = asdict(model.config)
 config |= {name: model_args[name] for name in model_args if name in config}  # as it was loaded
 vocab_size = model.config.vocab_size
+check_vocabulary(train_tokens, vocab_size)
+check_vocabulary(val_tokens, vocab_size)
 model.to(rt.device)
-
-train_tokens = open_bin(folder / "train.bin", block_size, vocab_size)
-val_tokens = open_bin(folder / "val.bin", block_size, vocab_size)
 
 # ------------------------------------------------------------------------------------- optimizer
 
@@ -206,11 +214,10 @@ def save(name: str) -> None:
 
 # ------------------------------------------------------------------------------------------ loop
 
-if rt.is_main:
-    print(f"{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
-          f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate", flush=True)
-    if not eval_only:
-        checkpoint.prepare_out_dir(out_dir, fresh=saved_at is None)
+announce(f"{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
+         f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate")
+if rt.is_main and not eval_only:
+    checkpoint.prepare_out_dir(out_dir, fresh=saved_at is None)
 metrics = Metrics(rt, None if eval_only else out_dir, config, iter_num, history)
 stopwatch = Stopwatch(rt)
 stop_signals = runtime.StopSignals(rt)
@@ -288,11 +295,9 @@ if not eval_only and saved_at != iter_num:
     save(checkpoint.NEWEST)
 metrics.close()
 rt.close()
-if not eval_only and rt.is_main:
-    if stop:
-        print(f"stopped by signal {stop} after {iter_num} steps, saved: "
-              f"go on with --init_from=resume")
-    else:
-        print(f"{iter_num} steps done, best validation loss {best_val_loss:.4f}: "
-              f"python sample.py --out_dir={out_dir}")
+if stop:
+    announce(f"stopped by signal {stop} after {iter_num} steps: go on with --init_from=resume")
+elif not eval_only:
+    announce(f"{iter_num} steps done, best validation loss {best_val_loss:.4f}: "
+             f"python sample.py --out_dir={out_dir}")
 sys.exit(128 + stop if stop else 0)

@@ -7,7 +7,7 @@ continue a run, and every process can draw the same one.
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +18,7 @@ from data.tokenizer import Tokenizer
 
 DTYPE = np.dtype("<u2")
 IGNORE = -1  # a target where there is nothing to predict
-SCANNED = 2**26  # tokens of a longer file that `open_bin` looks at
+SCANNED = 2**26  # tokens of a longer file that `check_vocabulary` looks at
 
 
 def dataset_folder(dataset: str) -> Path:
@@ -45,7 +45,8 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"cannot write {path}: {error.strerror or error}; "
                         f"what was there before is unchanged") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or can not be
+            temporary.unlink()
 
 
 def write_bin(path: Path, ids: np.ndarray | list[int]) -> None:
@@ -70,18 +71,23 @@ def read_input(path: Path, url: str) -> str:
         except requests.RequestException as error:
             raise UserError(f"cannot download {url} ({type(error).__name__}): "
                             f"save it by hand as {path} and run this again") from None
-        if not response.content:
-            raise UserError(f"{url} sent an empty file: save the text by hand as {path}")
+        text = _text_of(response.content, f"what {url} sent", f"save a text by hand as {path}")
         with written_whole(path) as file:
             file.write(response.content)
+        return text
     try:
-        text = path.read_bytes().decode("utf-8")
+        return _text_of(path.read_bytes(), path, "put a text to learn from there")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _text_of(content: bytes, source: object, remedy: str) -> str:
+    try:
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}: convert it") from None
+        raise UserError(f"{source} is not UTF-8 at byte {error.start}: {remedy}") from None
     if len(text) < 10:
-        raise UserError(f"{path} holds {len(text)} characters: expected a text to learn from")
+        raise UserError(f"{source} holds {len(text)} characters: {remedy}")
     return text
 
 
@@ -102,12 +108,10 @@ def write_text_dataset(folder: Path, text: str, tokenizer: Tokenizer, meta: dict
         (folder / "meta.pkl").unlink(missing_ok=True)  # of a character dataset that was here
 
 
-def open_bin(path: Path, block_size: int, vocab_size: int) -> np.memmap:
-    """Memory-map a token file, (N,) uint16, that suits a model.
+def open_bin(path: Path, block_size: int) -> np.memmap:
+    """Memory-map a token file, (N,) uint16.
 
-    Raises UserError if it is missing, not whole, too short for one block and its targets, or
-    holds ids of `vocab_size` and more (in a file of over 64 Mi tokens, evenly spaced pieces of
-    that size together are looked at; `gather` checks every batch).
+    Raises UserError if it is missing, not whole, or too short for one block and its targets.
     """
     if not path.is_file():
         raise UserError(f"no {path}: prepare the dataset first, with "
@@ -117,18 +121,24 @@ def open_bin(path: Path, block_size: int, vocab_size: int) -> np.memmap:
         raise UserError(f"{path} has {size:,} bytes: expected 2 for each of more than block_size = "
                         f"{block_size} tokens; prepare it again, or choose a smaller block_size")
     try:
-        tokens = np.memmap(path, dtype=DTYPE, mode="r")
+        return np.memmap(path, dtype=DTYPE, mode="r")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def check_vocabulary(tokens: np.memmap, vocab_size: int) -> None:
+    """Raise UserError if a token file holds ids that a model lacks.
+
+    In a file of over 64 Mi tokens, evenly spaced pieces of that size together are looked at;
+    `gather` looks at every batch.
+    """
     pieces = 64 if len(tokens) > SCANNED else 1
     length = min(len(tokens), SCANNED) // pieces
     for start in np.linspace(0, len(tokens) - length, pieces, dtype=np.int64):
-        check_ids(tokens[start:start + length], vocab_size, path)
-    return tokens
+        check_ids(tokens[start:start + length], vocab_size, tokens.filename)
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, source: object) -> None:
-    """Raise UserError unless every id is below vocab_size."""
     if ids.max() >= vocab_size:
         raise UserError(f"{source} holds the token id {ids.max()}, but the model's vocabulary has "
                         f"{vocab_size}: the data are of another tokenizer")

@@ -119,7 +119,8 @@ def check_meta(meta: object, source: object) -> dict:
     try:
         itos, stoi, size = meta["itos"], meta["stoi"], meta["vocab_size"]
         good = (all(type(i) is int and 0 <= i < size and stoi[char] == i and type(char) is str
-                    for i, char in itos.items()) and len(itos) == len(stoi) == size > 0)
+                    for i, char in itos.items())
+                and type(size) is int and len(itos) == len(stoi) == size > 0)
     except (TypeError, KeyError, IndexError, AttributeError):
         good = False
     if not good:

@@ -18,10 +18,12 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +59,13 @@ def hub_documents() -> Iterator[Document]:
             rows = load_dataset(REPOSITORY, revision=revision, split="train", streaming=True)
             return texts_of(rows)
         except Exception as error:  # whatever ails one form, the other may answer
-            tried.append(f"{revision} ({type(error).__name__}: {str(error).splitlines()[0]})")
+            tried.append(f"{revision} ({type(error).__name__}: {first_line(error)})")
     raise UserError(f"{REPOSITORY} did not come from the Hugging Face hub; tried "
                     f"{' and '.join(tried)}; with the files at hand, give them with --input=")
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def texts_of(rows: Iterable[dict]) -> Iterator[Document]:
@@ -67,8 +73,8 @@ def texts_of(rows: Iterable[dict]) -> Iterator[Document]:
     try:
         for row in rows:
             yield row["text"]
-    except OSError as error:
-        raise UserError(f"the Hugging Face hub stopped answering ({str(error).splitlines()[0]}): "
+    except Exception as error:  # OSError, and the errors of the HTTP client, which are none
+        raise UserError(f"the Hugging Face hub stopped answering ({first_line(error)}): "
                         f"nothing was written, run this again") from None
 
 
@@ -76,19 +82,32 @@ def local_documents(path: Path) -> Iterator[Document]:
     """Stream the documents of one file."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
-            yield from batch.column("text").to_pylist()
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
+                for text in batch.column("text").to_pylist():
+                    # A row without text goes on as bytes that are no JSON, and is refused.
+                    yield text if isinstance(text, str) else repr(text).encode()
+        except KeyError:
+            raise UserError(f"{path} has no column `text`") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {first_line(error)}") from None
     elif path.suffix == ".jsonl":
         with open(path, "rb") as file:
             yield from (line for line in file if not line.isspace())
     else:
-        rest = ""
-        with open(path, encoding="utf-8") as file:
-            while chunk := file.read(BATCH_BYTES):
-                *whole, rest = (rest + chunk).split(END_OF_TEXT)
-                yield from filter(str.strip, whole)
-        if rest.strip():
-            yield rest
+        with open(path, encoding="utf-8", newline="") as file:
+            yield from filter(str.strip, split_at_end_of_text(file))
+
+
+def split_at_end_of_text(lines: Iterable[str]) -> Iterator[str]:
+    pieces = []
+    for line in lines:
+        *ends, rest = line.split(END_OF_TEXT)
+        for end in ends:
+            yield "".join([*pieces, end])
+            pieces = []
+        pieces.append(rest)
+    yield "".join(pieces)
 
 
 def measure(path: Path) -> tuple[int, int]:
@@ -106,22 +125,26 @@ def measure(path: Path) -> tuple[int, int]:
 def start_worker() -> None:
     global tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    threading.Thread(target=end_with_parent, daemon=True).start()
     tokenizer = GPT2Tokenizer()
+
+
+def end_with_parent() -> None:
+    """End this worker when the main process is killed, which cannot tell it to."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def encode(batch: list[tuple[Document, bool]]) -> tuple[bytes, bytes]:
     """Token ids of (document, is held out) pairs, as they stand in train.bin and in val.bin."""
     ids = ([], [])
     for document, held_out in batch:
+        text = document
         if isinstance(document, bytes):
-            try:
+            with suppress(ValueError, TypeError, KeyError):  # it stays bytes, and is refused next
                 text = json.loads(document)["text"]
-            except (ValueError, TypeError, KeyError):
-                text = None
-        else:
-            text = document
         if not isinstance(text, str):
-            raise UserError(f"expected a document with a field `text`, got {document[:80]!r}")
+            raise UserError(f"expected a document with a field `text`, got {document!r:.80}")
         ids[held_out].append(tokenizer.encode_document(text).tobytes())
     return b"".join(ids[False]), b"".join(ids[True])
 
@@ -157,7 +180,8 @@ if __name__ == "__main__":
     folder = Path(out_dir) if out_dir else HERE
 
     if input:
-        paths = sorted(map(Path, glob.glob(input, recursive=True)))
+        paths = sorted(map(Path, [input] if os.path.exists(input)
+                           else glob.glob(input, recursive=True)))
         if not paths:
             raise UserError(f"no file matches --input={input}")
         for path in paths:
@@ -166,14 +190,18 @@ if __name__ == "__main__":
             counts, sizes = zip(*map(measure, paths), strict=True)
         except (OSError, ValueError) as error:  # unreadable; not UTF-8, not parquet
             raise UserError(f"cannot read --input={input}: {error}") from None
-        n_documents, n_bytes, disk_bytes = sum(counts), sum(sizes), sum(sizes) // 2
+        n_documents, n_bytes = sum(counts), sum(sizes)
+        disk_bytes = n_bytes // 2  # English takes just under half; code and other languages more
         documents = (document for path in paths for document in local_documents(path))
     else:
         documents = hub_documents()
         n_documents, n_bytes, disk_bytes = REPOSITORY_DOCUMENTS, None, 2 * REPOSITORY_TOKENS
     held_out = choose_held_out(n_documents, val_fraction, seed)
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
     free_bytes = shutil.disk_usage(folder).free
     if disk_bytes > free_bytes:
         raise UserError(f"{folder} has {free_bytes / 1e9:.1f} GB free, but about "
@@ -210,5 +238,6 @@ if __name__ == "__main__":
     finally:
         pool.shutdown(cancel_futures=True)
         progress.close()
+    (folder / "meta.pkl").unlink(missing_ok=True)  # of a character dataset that was here
     for name in ("train", "val"):
         print(f"{folder / name}.bin: {(folder / f'{name}.bin').stat().st_size // 2:,} tokens")

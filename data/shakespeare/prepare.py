@@ -16,8 +16,8 @@ from configurator import configure
 from data.bins import read_input, write_text_dataset
 from data.tokenizer import GPT2Tokenizer
 
-# where input.txt comes from if it is not here
-url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+url = ("https://raw.githubusercontent.com/karpathy/char-rnn/"  # where input.txt comes from
+       "master/data/tinyshakespeare/input.txt")
 configure(globals())
 
 text = read_input(HERE / "input.txt", url)

@@ -1,0 +1,393 @@
+"""Token files, batches drawn from them, and files that are there whole or not at all."""
+
+import http.server
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configurator import UserError
+from data import bins
+from data.bins import (
+    IGNORE,
+    all_starts,
+    check_ids,
+    check_vocabulary,
+    dataset_folder,
+    gather,
+    open_bin,
+    random_starts,
+    read_input,
+    write_bin,
+    write_text_dataset,
+    written_whole,
+)
+from data.tokenizer import CharTokenizer, GPT2Tokenizer
+
+TEXT = "To be, or not to be: that is the question. Naïve café, 日本.\n"
+
+
+# ------------------------------------------------------------------------------------- token files
+
+@settings(max_examples=50, deadline=None)
+@given(ids=st.lists(st.integers(0, 65535), min_size=2))
+def test_ids_come_back_from_a_file_as_they_went(tmp_path_factory, ids):
+    path = tmp_path_factory.getbasetemp() / "ids.bin"
+    write_bin(path, ids)
+    tokens = open_bin(path, block_size=1)
+    assert tokens.tolist() == ids
+
+
+def test_a_token_file_is_raw_little_endian_uint16(tmp_path):
+    write_bin(tmp_path / "ids.bin", [1, 258, 50256])
+    assert (tmp_path / "ids.bin").read_bytes() == b"\x01\x00\x02\x01\x50\xc4"
+
+
+@pytest.mark.parametrize("ids", [[0, 65536], [-1, 0]])
+def test_ids_that_do_not_fit_are_not_written(tmp_path, ids):
+    with pytest.raises(AssertionError, match="ids from"):
+        write_bin(tmp_path / "ids.bin", ids)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_file_is_mapped_read_only(tmp_path):
+    write_bin(tmp_path / "ids.bin", range(10))
+    tokens = open_bin(tmp_path / "ids.bin", 4)
+    assert isinstance(tokens, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 1
+
+
+def test_a_missing_token_file_says_how_to_prepare_it(tmp_path):
+    with pytest.raises(UserError) as caught:
+        open_bin(tmp_path / "train.bin", 8)
+    assert f"no {tmp_path}/train.bin" in str(caught.value)
+    assert f"python {tmp_path}/prepare.py" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 16, 17, 19])
+def test_a_token_file_that_is_empty_odd_or_short_is_refused_with_its_size(tmp_path, size):
+    (tmp_path / "val.bin").write_bytes(bytes(size))
+    with pytest.raises(UserError) as caught:
+        open_bin(tmp_path / "val.bin", block_size=8)
+    assert f"val.bin has {size} bytes" in str(caught.value)
+    assert "block_size = 8" in str(caught.value)
+
+
+def test_one_block_and_its_last_target_are_enough(tmp_path):
+    (tmp_path / "val.bin").write_bytes(bytes(18))
+    assert len(open_bin(tmp_path / "val.bin", block_size=8)) == 9
+
+
+@pytest.mark.parametrize("place", [0, 50, 99])
+def test_an_id_beyond_the_vocabulary_is_named_with_its_file(tmp_path, place):
+    ids = [1] * 100
+    ids[place] = 65
+    write_bin(tmp_path / "train.bin", ids)
+    with pytest.raises(UserError) as caught:
+        check_vocabulary(open_bin(tmp_path / "train.bin", 8), 65)
+    assert f"{tmp_path}/train.bin holds the token id 65" in str(caught.value)
+    assert "vocabulary has 65" in str(caught.value)
+    check_vocabulary(open_bin(tmp_path / "train.bin", 8), 66)
+
+
+@pytest.mark.parametrize("place", [0, 99_999, 49_999])
+def test_of_a_long_file_the_ends_and_the_middle_are_looked_at(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(bins, "SCANNED", 6400)
+    ids = np.ones(100_000, dtype=np.int64)
+    ids[max(place - 1000, 0):place + 1000] = 65  # wider than the gaps between pieces
+    write_bin(tmp_path / "train.bin", ids)
+    with pytest.raises(UserError, match="token id 65"):
+        check_vocabulary(open_bin(tmp_path / "train.bin", 8), 65)
+
+
+def test_of_a_long_file_only_a_part_is_read(tmp_path, monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(bins, "SCANNED", 6400)
+    monkeypatch.setattr(bins, "check_ids", lambda ids, *_: looked_at.append(len(ids)))
+    write_bin(tmp_path / "train.bin", np.ones(100_000, dtype=np.int64))
+    check_vocabulary(open_bin(tmp_path / "train.bin", 8), 65)
+    assert sum(looked_at) == 6400
+
+
+def test_ids_below_the_vocabulary_pass():
+    assert check_ids(np.array([0, 64]), 65, "it") is None
+
+
+def test_a_dataset_is_a_name_under_data_or_an_absolute_path(tmp_path):
+    assert dataset_folder("openwebtext") == ROOT / "data/openwebtext"
+    assert dataset_folder(str(tmp_path)) == tmp_path
+
+
+# ----------------------------------------------------------------------------------------- batches
+
+@given(st.integers(2, 200), st.data())
+def test_targets_are_the_inputs_shifted_by_one(n_tokens, data):
+    block_size = data.draw(st.integers(1, n_tokens - 1))
+    starts = np.array(data.draw(st.lists(st.integers(0, n_tokens - block_size - 1), min_size=1)))
+    tokens = np.random.default_rng(0).integers(0, 65, n_tokens).astype("<u2")
+    x, y = gather(tokens, starts, block_size, 65)
+    assert x.dtype == y.dtype == np.int64
+    assert x.shape == y.shape == (len(starts), block_size)
+    for row, start in enumerate(starts):
+        assert x[row].tolist() == tokens[start:start + block_size].tolist()
+        assert y[row].tolist() == tokens[start + 1:start + block_size + 1].tolist()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 100), st.integers(1, 120))
+def test_all_starts_make_each_token_but_the_first_a_target_once(n_tokens, block_size):
+    tokens = np.arange(n_tokens, dtype="<u2")
+    starts = all_starts(n_tokens, block_size)
+    if n_tokens == 1:
+        assert len(starts) == 0
+        return
+    x, y = gather(tokens, starts, block_size, n_tokens)
+    real = y != IGNORE
+    assert y[real].tolist() == list(range(1, n_tokens))
+    assert x[real].tolist() == list(range(n_tokens - 1))
+    assert real[:-1].all()
+
+
+def test_beyond_the_end_inputs_are_0_and_targets_ignored():
+    x, y = gather(np.array([5, 6, 7], dtype="<u2"), np.array([1]), 4, 8)
+    assert x.tolist() == [[6, 7, 0, 0]]
+    assert y.tolist() == [[7, -1, -1, -1]]
+
+
+def test_a_batch_with_an_id_beyond_the_vocabulary_names_the_file(tmp_path):
+    write_bin(tmp_path / "train.bin", [1, 2, 3, 90, 5])
+    tokens = np.memmap(tmp_path / "train.bin", dtype="<u2", mode="r")
+    with pytest.raises(UserError, match=r"train\.bin holds the token id 90"):
+        gather(tokens, np.array([0, 1]), 2, 65)
+    gather(tokens, np.array([0]), 2, 65)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 10**10), st.data())
+def test_random_starts_leave_room_for_a_block_and_its_last_target(n_tokens, data):
+    block_size = data.draw(st.integers(1, min(n_tokens - 1, 2048)))
+    key = data.draw(st.tuples(st.integers(0, 2**40), st.integers(0, 2**40)))
+    starts = random_starts(n_tokens, block_size, 20, key)
+    assert starts.dtype == np.int64
+    assert starts.shape == (20,)
+    assert 0 <= starts.min() <= starts.max() <= n_tokens - block_size - 1
+
+
+def test_random_starts_reach_every_block():
+    assert set(random_starts(12, 4, 1000, (1337, 0)).tolist()) == set(range(8))
+
+
+def test_random_starts_depend_on_the_key_only():
+    np.random.seed(1)
+    first = random_starts(10_000, 8, 16, (1337, 5))
+    np.random.seed(2)
+    random_starts(10_000, 8, 3, (1337, 5))
+    assert random_starts(10_000, 8, 16, (1337, 5)).tolist() == first.tolist()
+
+
+@pytest.mark.parametrize("key", [(1337, 6), (1338, 5), (5, 1337), (1337, 5, 1)])
+def test_random_starts_differ_for_another_key(key):
+    first = random_starts(10_000, 8, 16, (1337, 5)).tolist()
+    assert random_starts(10_000, 8, 16, key).tolist() != first
+
+
+# ---------------------------------------------------------------------------- whole or not at all
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path):
+    with written_whole(tmp_path / "new" / "file") as file:
+        file.write(b"half")
+        file.flush()
+        assert not (tmp_path / "new" / "file").exists()
+        file.write(b" and half")
+    assert (tmp_path / "new" / "file").read_bytes() == b"half and half"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError, UserError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_the_old_file_and_nothing_beside_it(tmp_path, error):
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(error), written_whole(tmp_path / "file") as file:
+        file.write(b"new")
+        raise error
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_left_by_a_killed_process_is_written_over(tmp_path):
+    (tmp_path / "file.tmp").write_bytes(b"a long half of something")
+    with written_whole(tmp_path / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (
+            calls.append(name), real(*args)))
+    with written_whole(tmp_path / "file") as file:
+        file.write(b"new")
+    assert calls == ["fsync", "replace"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
+@pytest.mark.parametrize("n_tokens", [100, 1_000_000])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, n_tokens):
+    (tmp_path / "train.bin").write_bytes(b"old")
+    code = ("import resource, sys; from pathlib import Path; from data.bins import write_bin\n"
+            "from configurator import configure; configure({'__file__': ''}, [])\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+            f"write_bin(Path(sys.argv[1]) / 'train.bin', [7] * {n_tokens})")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], text=True, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: cannot write {tmp_path}/train.bin: ")
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "train.bin").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["train.bin"]
+
+
+def test_a_folder_that_can_not_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot write"), written_whole(tmp_path / "file" / "x"):
+        pass
+
+
+# -------------------------------------------------------------------------------- text and datasets
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Serve one body over HTTP from this machine and return its address."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    servers = []
+
+    def serve(body: bytes, status: int = 200, promised: int | None = None) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(status)
+                self.send_header("Content-Length", str(promised or len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/input.txt"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_text_that_is_there_is_not_downloaded(tmp_path):
+    (tmp_path / "input.txt").write_bytes(TEXT.encode())
+    assert read_input(tmp_path / "input.txt", "http://127.0.0.1:9/never") == TEXT
+
+
+def test_a_text_keeps_its_line_endings(tmp_path):
+    (tmp_path / "input.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    assert read_input(tmp_path / "input.txt", "") == "one\r\ntwo\rthree\n"
+
+
+def test_a_text_that_is_not_there_is_downloaded_and_kept(tmp_path, serve):
+    assert read_input(tmp_path / "input.txt", serve(TEXT.encode())) == TEXT
+    assert (tmp_path / "input.txt").read_bytes() == TEXT.encode()
+    assert [path.name for path in tmp_path.iterdir()] == ["input.txt"]
+
+
+def test_a_server_out_of_reach_leaves_no_file_and_says_what_to_do_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/input.txt"
+    with pytest.raises(UserError) as caught:
+        read_input(tmp_path / "input.txt", url)
+    assert f"cannot download {url}" in str(caught.value)
+    assert f"save it by hand as {tmp_path}/input.txt" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["", "no address", "ftp://127.0.0.1/x"])
+def test_what_is_no_address_leaves_no_file_and_says_what_to_do_by_hand(tmp_path, url):
+    with pytest.raises(UserError, match="by hand"):
+        read_input(tmp_path / "input.txt", url)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("answer", [
+    {"body": b"not found", "status": 404},
+    {"body": b"busy" * 100, "status": 503},
+    {"body": TEXT.encode(), "promised": 10_000},
+    {"body": b""},
+], ids=["404", "503", "cut off", "empty"])
+def test_a_failed_download_leaves_no_file_and_says_what_to_do_by_hand(tmp_path, serve, answer):
+    with pytest.raises(UserError, match=r"by hand as .*input\.txt"):
+        read_input(tmp_path / "input.txt", serve(**answer))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("body", [b"\n", b"caf\xe9 au lait, s'il vous pla\xeet"],
+                         ids=["next to nothing", "not UTF-8"])
+def test_a_download_that_is_no_text_to_learn_from_leaves_no_file(tmp_path, serve, body):
+    with pytest.raises(UserError):
+        read_input(tmp_path / "input.txt", serve(body))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_is_not_utf8_is_named_with_the_byte(tmp_path):
+    (tmp_path / "input.txt").write_bytes(b"0123456789 caf\xe9")
+    with pytest.raises(UserError, match=r"input\.txt is not UTF-8 at byte 14"):
+        read_input(tmp_path / "input.txt", "")
+
+
+@pytest.mark.parametrize("content", [b"", b"too short"])
+def test_a_text_too_short_to_learn_from_is_refused_and_kept(tmp_path, content):
+    (tmp_path / "input.txt").write_bytes(content)
+    with pytest.raises(UserError, match=f"holds {len(content)} characters"):
+        read_input(tmp_path / "input.txt", "")
+    assert (tmp_path / "input.txt").read_bytes() == content
+
+
+def test_a_folder_in_place_of_the_text_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}"):
+        read_input(tmp_path, "")
+
+
+def test_the_first_90_percent_of_the_characters_are_train_and_the_rest_val(tmp_path):
+    text = 10 * TEXT + "?"
+    meta = CharTokenizer.meta_of(text)
+    tokenizer = CharTokenizer(meta)
+    write_text_dataset(tmp_path, text, tokenizer, meta)
+    train, val = (np.fromfile(tmp_path / f"{name}.bin", "<u2") for name in ("train", "val"))
+    assert len(train) == len(text) * 9 // 10
+    assert tokenizer.decode(train) + tokenizer.decode(val) == text
+
+
+def test_the_vocabulary_is_written_as_plain_containers(tmp_path):
+    meta = CharTokenizer.meta_of(TEXT)
+    write_text_dataset(tmp_path, TEXT, CharTokenizer(meta), meta)
+    assert pickle.loads((tmp_path / "meta.pkl").read_bytes()) == meta
+
+
+def test_a_gpt2_dataset_removes_the_vocabulary_of_an_earlier_character_dataset(tmp_path):
+    meta = CharTokenizer.meta_of(TEXT)
+    write_text_dataset(tmp_path, TEXT, CharTokenizer(meta), meta)
+    write_text_dataset(tmp_path, TEXT, GPT2Tokenizer())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.bin", "val.bin"]
+    train, val = (np.fromfile(tmp_path / f"{name}.bin", "<u2") for name in ("train", "val"))
+    assert GPT2Tokenizer().decode([*train, *val]) == TEXT
