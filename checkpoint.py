@@ -6,6 +6,7 @@ tokenizer's vocabulary; None for GPT-2's), seconds (of training so far). Files w
 model_args and config, as other minimal GPT trainers write them, are read too.
 """
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +24,10 @@ NOT_RESTORED = ("init_from", "out_dir", "eval_only")  # settings of a start, not
 def save(path: Path, contents: dict) -> None:
     """Write a checkpoint whole or not at all. Raises UserError if the disk refuses."""
     with written_whole(path) as file:
-        torch.save(contents, file)
+        try:
+            torch.save(contents, file)
+        except RuntimeError as error:  # torch's own, on top of the disk's
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def load(path: Path, mmap: bool = False) -> dict:
@@ -61,22 +65,30 @@ def best_path(out_dir: str) -> Path:
     return best if best.exists() else Path(out_dir) / NEWEST
 
 
+def config_of(contents: dict) -> GPTConfig:
+    """The shape of a checkpoint's model. Raises UserError if it names none that can be."""
+    # Checkpoints that do not name their activation come from trainers that use the exact GELU.
+    try:
+        return GPTConfig(**{"activation": "gelu", **contents["model_args"]})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{contents['path']}: {error}") from None
+
+
 def build_model(contents: dict, dropout: float | None = None) -> GPT:
     """The model of a checkpoint, with its own dropout or another.
 
     Raises UserError if the checkpoint's parts do not fit each other.
     """
-    # Checkpoints that do not name their activation come from trainers that use the exact GELU.
-    args = {"activation": "gelu", **contents["model_args"]}
+    config = config_of(contents)
     if dropout is not None:
-        args["dropout"] = dropout
+        config.dropout = dropout
     state = {name.removeprefix("_orig_mod."): tensor for name, tensor in contents["model"].items()
              if not name.endswith(".attn.bias")}  # causal masks that older files store
+    model = GPT(config)
     try:
-        model = GPT(GPTConfig(**args))
         model.load_weights(state, source=contents["path"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{contents['path']}: {error}") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return model
 
 
@@ -106,7 +118,8 @@ def restore_settings(config: dict, given: dict, contents: dict) -> dict:
     """
     saved = {name: value for name, value in contents.get("config", {}).items()
              if name in config and name not in NOT_RESTORED}
-    shape = {**asdict(GPTConfig()), **contents["model_args"]}
+    shape = asdict(config_of(contents))
+    saved |= {name: shape[name] for name in shape if name in config and name != "dropout"}
     changes = []
     for name, value in given.items():
         if name in shape and name != "dropout" and value != shape[name]:
@@ -150,7 +163,8 @@ def prepare_out_dir(out_dir: str, fresh: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         old = [path for name in (NEWEST, BEST, "metrics.jsonl") if (path := folder / name).exists()]
         if fresh and old:
-            (folder / "previous").mkdir(exist_ok=True)
+            shutil.rmtree(folder / "previous", ignore_errors=True)
+            (folder / "previous").mkdir()
             for path in old:
                 path.replace(folder / "previous" / path.name)
             print(f"moved the earlier run in {folder} to {folder / 'previous'}")

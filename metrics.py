@@ -100,7 +100,7 @@ class Metrics:
         """Log an evaluation."""
         self._say(f"step {record['iter']}: train loss {record['train_loss']:.4f}, "
                   f"val loss {record['val_loss']:.4f}, "
-                  f"perplexity {record['val_perplexity']:.2f}, "
+                  f"perplexity {record['val_perplexity']:.4g}, "
                   f"accuracy {record['val_accuracy']:.1%}")
         self._send(record)
 

@@ -5,6 +5,7 @@ so that two runs on one machine choose alike.
 """
 
 import os
+import re
 import signal
 import sys
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ from configurator import UserError, announce, choose
 # and Ampere GA102 white papers (RTX 4090, 3090: with float32 accumulation); AMD MI300X, MI250X.
 PEAK_TFLOPS = {
     "B200": (2250, 2250, 1125),
+    "H200 NVL": (835.5, 835.5, 417.5),
     "H200": (989.5, 989.5, 494.7),
     "H100 PCIe": (756, 756, 378),
     "H100 NVL": (835.5, 835.5, 417.5),
@@ -96,7 +98,8 @@ class Runtime:
         if self.device.type != "cuda":
             return None
         name = torch.cuda.get_device_name(self.device)
-        row = next((row for key, row in PEAK_TFLOPS.items() if key in name), None)
+        row = next((row for key, row in PEAK_TFLOPS.items()
+                    if re.search(rf"\b{key}\b(?! Laptop| D\b)", name)), None)
         tflops = row[DTYPES.index(self.dtype)] if row else None
         return tflops * 1e12 if tflops else None
 
@@ -139,7 +142,7 @@ def choose_device(device: str | None) -> torch.device:
     choose("device", kind, ["cpu", "cuda", "mps"])
     if (kind == "cuda" and not cuda) or (kind == "mps" and not mps):
         raise UserError(f"device = {device!r}, but this machine or this torch has no {kind}: "
-                        f"leave the setting out to use {choose_device(None)}")
+                        f"use --device={choose_device(None)}")
     count = {"cpu": 1, "mps": 1}.get(kind) or torch.cuda.device_count()
     if ":" in device and not (index.isdecimal() and int(index) < count):
         raise UserError(f"device = {device!r}: expected {kind}:0 to {kind}:{count - 1}")

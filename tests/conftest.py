@@ -32,7 +32,7 @@ def offline(tmp_path_factory):
         url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
         (cache / hashlib.sha1(url.encode()).hexdigest()).write_bytes((files / name).read_bytes())
     os.environ |= {"TIKTOKEN_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1",
-                   "WANDB_MODE": "offline", "OMP_NUM_THREADS": "2"}
+                   "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,144 @@
+"""Times that add up, and records that a resumed run neither repeats nor misses."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import metrics
+from metrics import Metrics, Stopwatch, keep_records_before
+from runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), "float32", False)
+CONFIG = {"eval_only": False, "tensorboard_log": False, "wandb_log": False, "max_iters": 8}
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The time that a stopwatch sees, in seconds."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def step_record(i: int) -> dict:
+    return {"iter": i, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 5.0, "mfu": None,
+            "data_ms": 1.0, "seconds": float(i)}
+
+
+def evaluation_record(i: int) -> dict:
+    return {"iter": i, "train_loss": 2.0, "val_loss": 2.5, "val_perplexity": 12.2,
+            "val_accuracy": 0.25, "seconds": float(i)}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_phases_are_milliseconds_per_step(clock):
+    stopwatch = Stopwatch(CPU)
+    for data, forward in ((0.5, 2.0), (1.5, 4.0)):
+        stopwatch.start()
+        clock.now += data
+        stopwatch.lap("data_ms")
+        clock.now += forward
+        stopwatch.lap("forward_ms")
+    assert stopwatch.read() == {"data_ms": 1000.0, "forward_ms": 3000.0}
+
+
+def test_a_phase_that_returns_within_a_step_adds_up(clock):
+    stopwatch = Stopwatch(CPU)
+    stopwatch.start()
+    for _ in range(3):
+        for phase, duration in (("forward_ms", 1.0), ("backward_ms", 2.0)):
+            clock.now += duration
+            stopwatch.lap(phase)
+    assert stopwatch.read() == {"forward_ms": 3000.0, "backward_ms": 6000.0}
+
+
+def test_time_between_steps_does_not_count(clock):
+    stopwatch = Stopwatch(CPU)
+    for _ in range(2):
+        stopwatch.start()
+        clock.now += 1
+        stopwatch.lap("forward_ms")
+        clock.now += 100  # an evaluation
+    assert stopwatch.read() == {"forward_ms": 1000.0}
+
+
+def test_reading_starts_over(clock):
+    stopwatch = Stopwatch(CPU)
+    for duration in (1.0, 5.0):
+        stopwatch.start()
+        clock.now += duration
+        stopwatch.lap("forward_ms")
+        assert stopwatch.read() == {"forward_ms": duration * 1e3}
+
+
+def test_records_go_to_the_file_as_they_come(tmp_path):
+    log = Metrics(CPU, str(tmp_path), CONFIG, 0, [])
+    log.evaluation(evaluation_record(0))
+    log.step(step_record(0))
+    assert lines(tmp_path / "metrics.jsonl") == [evaluation_record(0), step_record(0)]
+    log.close()
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    log = Metrics(CPU, None, CONFIG | {"tensorboard_log": True}, 0, [])
+    log.evaluation(evaluation_record(0))
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+    assert "val loss 2.5000" in capsys.readouterr().out
+
+
+def test_a_process_that_is_not_main_writes_and_prints_nothing(tmp_path, capsys):
+    log = Metrics(Runtime(torch.device("cpu"), "float32", False, 1, 2), str(tmp_path), CONFIG, 0,
+                  [])
+    log.evaluation(evaluation_record(0))
+    log.step(step_record(0))
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_the_terminal_gets_the_loss_the_speed_and_mfu_when_known(tmp_path, capsys):
+    log = Metrics(CPU, str(tmp_path), CONFIG, 0, [])
+    log.step(step_record(0))
+    log.step(step_record(1) | {"mfu": 0.425})
+    log.close()
+    without, with_mfu = capsys.readouterr().out.splitlines()
+    assert "iter 0" in without
+    assert "2.0000" in without
+    assert "5 tok/s" in without
+    assert "MFU" not in without
+    assert "42.5%" in with_mfu
+
+
+def test_what_will_be_redone_and_a_cut_line_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    written = [evaluation_record(0), *map(step_record, range(4)), evaluation_record(4),
+               *map(step_record, range(4, 8)), evaluation_record(8)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in written) + '{"iter": 8, "lo')
+    keep_records_before(path, 4, [evaluation_record(0), evaluation_record(4)])
+    assert lines(path) == written[:6]
+    assert path.read_text().endswith("}\n")
+
+
+def test_an_evaluation_that_will_be_made_again_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    written = [evaluation_record(0), *map(step_record, range(4)), evaluation_record(4)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in written))
+    keep_records_before(path, 4, [evaluation_record(0)])
+    assert lines(path) == written[:5]
+
+
+def test_a_resumed_run_appends(tmp_path):
+    for start in (0, 3):
+        log = Metrics(CPU, str(tmp_path), CONFIG, start, [])
+        for i in range(start, start + 5):
+            log.step(step_record(i))
+        log.close()
+    assert [r["iter"] for r in lines(tmp_path / "metrics.jsonl")] == list(range(8))

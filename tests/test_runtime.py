@@ -1,0 +1,149 @@
+"""What is chosen for the machine, on machines that pretend to be others."""
+
+import itertools
+import signal
+
+import pytest
+import torch
+
+from configurator import UserError
+from runtime import Runtime, StopSignals, choose_device, choose_dtype, seed_torch
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes torch say what another machine has."""
+    def pretend(cuda: int = 0, mps: bool = False, bf16: bool = False, **cpu: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation=True: bf16 or including_emulation)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    return pretend
+
+
+# ------------------------------------------------------------------------------------- device
+
+@pytest.mark.parametrize("has, expected", [
+    ({}, "cpu"), ({"mps": True}, "mps"), ({"cuda": 1}, "cuda"), ({"cuda": 1, "mps": True}, "cuda")])
+def test_the_fastest_device_is_chosen(machine, has, expected):
+    machine(**has)
+    assert choose_device(None) == torch.device(expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
+def test_a_device_that_is_there_is_taken(machine, device):
+    machine(cuda=2)
+    assert choose_device(device) == torch.device(device)
+
+
+@pytest.mark.parametrize("device, words", [
+    ("cuda:2", ["cuda:2", "cuda:0 to cuda:1"]), ("cuda:", ["cuda:0 to cuda:1"]),
+    ("cuda:x", ["cuda:0 to cuda:1"]), ("mps", ["mps", "cuda"]),
+    ("gpu", ["gpu", "cpu, cuda, mps"]), ("cud", ["did you mean cuda?"])])
+def test_a_device_that_is_not_there_is_refused(machine, device, words):
+    machine(cuda=2)
+    with pytest.raises(UserError) as refused:
+        choose_device(device)
+    for word in words:
+        assert word in str(refused.value)
+
+
+# ---------------------------------------------------------------------------------- precision
+
+@pytest.mark.parametrize("has, expected", [
+    ({}, "float32"), ({"amx_bf16": True}, "bfloat16"), ({"avx512_bf16": True}, "bfloat16"),
+    ({"avx512": True, "avx2": True, "amx_bf16": False}, "float32")])
+def test_a_cpu_gets_bfloat16_where_it_multiplies_it(machine, has, expected):
+    machine(**has)
+    assert choose_dtype(None, CPU) == expected
+
+
+@pytest.mark.parametrize("bf16, expected", [(True, "bfloat16"), (False, "float16")])
+def test_a_gpu_gets_bfloat16_where_it_multiplies_it_without_emulation(machine, bf16, expected):
+    machine(cuda=1, bf16=bf16, amx_bf16=True)  # whatever the CPU beside it can do
+    assert choose_dtype(None, CUDA) == expected
+
+
+def test_a_precision_asked_for_is_taken(machine):
+    machine(cuda=1)
+    for dtype in ("float32", "float16", "bfloat16"):
+        assert choose_dtype(dtype, CUDA) == dtype
+    assert choose_dtype("bfloat16", CPU) == "bfloat16"
+
+
+def test_float16_on_a_cpu_and_unknown_precisions_are_refused(machine):
+    machine()
+    with pytest.raises(UserError, match="float16.*bfloat16 or float32"):
+        choose_dtype("float16", CPU)
+    with pytest.raises(UserError, match="bfloat16, float16, float32.*did you mean bfloat16"):
+        choose_dtype("bfloat", CPU)
+
+
+# --------------------------------------------------------------------------------------- peaks
+
+@pytest.mark.parametrize("name, dtype, tflops", [  # dense, from the makers' data sheets
+    ("NVIDIA A100-SXM4-80GB", "bfloat16", 312),
+    ("NVIDIA A100-SXM4-80GB", "float32", 156),
+    ("NVIDIA H100 80GB HBM3", "bfloat16", 989.5),
+    ("NVIDIA H100 PCIe", "bfloat16", 756),
+    ("NVIDIA H200", "bfloat16", 989.5),
+    ("NVIDIA L4", "bfloat16", 121),
+    ("NVIDIA L40S", "bfloat16", 362),
+    ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
+    ("NVIDIA GeForce RTX 3090", "float16", 71),
+    ("Tesla V100-SXM2-16GB", "float16", 125),
+    ("Tesla V100-SXM2-16GB", "bfloat16", None),
+    ("Tesla T4", "float16", 65),
+    ("AMD Instinct MI300X", "bfloat16", 1307.4),
+    ("NVIDIA GeForce GTX 1080", "float16", None),
+    ("NVIDIA L40", "bfloat16", None),
+    ("NVIDIA T400 4GB", "float16", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
+])
+def test_a_peak_is_that_of_the_very_device_or_unknown(monkeypatch, name, dtype, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = Runtime(CUDA, dtype, False).peak_flops()
+    assert peak == (tflops and pytest.approx(tflops * 1e12, rel=1e-3))
+
+
+def test_the_peak_of_a_cpu_is_unknown():
+    assert Runtime(CPU, "float32", False).peak_flops() is None
+
+
+# ------------------------------------------------------------------------------ seeds, signals
+
+def test_torch_is_seeded_by_every_part_of_the_key():
+    def drawn(*key: int) -> float:
+        seed_torch(*key)
+        return torch.rand(()).item()
+
+    keys = list(itertools.product(range(2), [0, 1337], [0, 1, 2**33], range(3)))
+    assert len({drawn(*key) for key in keys}) == len(keys)
+    assert [drawn(*key) for key in keys] == [drawn(*key) for key in keys]
+
+
+@pytest.fixture
+def restored_signals():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted(restored_signals, number):
+    signals = StopSignals(Runtime(CPU, "float32", False))
+    assert signals.agreed() == 0
+    signal.raise_signal(number)
+    assert signals.agreed() == number
+
+
+def test_a_second_ctrl_c_stops_at_once(restored_signals):
+    StopSignals(Runtime(CPU, "float32", False))
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,558 @@
+"""train.py, run as users run it: steps, evaluations, checkpoints, resuming, refusals."""
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import ROOT, TINY, run, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data.bins import write_text_dataset
+from data.tokenizer import CharTokenizer
+from model import GPT, GPTConfig
+
+STEP_KEYS = {"iter", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_ms", "forward_ms",
+             "backward_ms", "optimizer_ms", "seconds"}
+EVALUATION_KEYS = {"iter", "train_loss", "val_loss", "val_perplexity", "val_accuracy", "seconds"}
+TIMES = {"tokens_per_s", "data_ms", "forward_ms", "backward_ms", "optimizer_ms", "seconds"}
+
+
+def records(out_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(out_dir: Path) -> list[dict]:
+    return [record for record in records(out_dir) if "loss" in record]
+
+
+def evaluations(out_dir: Path) -> list[dict]:
+    return [record for record in records(out_dir) if "val_loss" in record]
+
+
+def untimed(many: list[dict]) -> list[dict]:
+    return [{key: value for key, value in r.items() if key not in TIMES} for r in many]
+
+
+def losses(out_dir: Path) -> list[float]:
+    return [record["loss"] for record in steps(out_dir)]
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    """Every file under a folder: what it holds, and when it was written."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def loss_and_accuracy(logits_of: Callable, tokens: np.ndarray) -> tuple[float, float]:
+    """Of predicting each token but the first once, in windows of 16, one after the other."""
+    total = correct = 0
+    for start in range(0, len(tokens) - 1, 16):
+        window = torch.tensor(tokens[start:start + 17].astype(np.int64))
+        with torch.no_grad():
+            logits = logits_of(window[None, :-1])[0]
+        total += F.cross_entropy(logits, window[1:], reduction="sum").item()
+        correct += (logits.argmax(-1) == window[1:]).sum().item()
+    return total / (len(tokens) - 1), correct / (len(tokens) - 1)
+
+
+# ------------------------------------------------------------------------------ runs to look at
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(out, text_dataset) -> Path:
+    """An uninterrupted run of 8 steps with dropout and accumulation."""
+    train(f"--dataset={text_dataset}", f"--out_dir={out / 'whole'}", "--dropout=0.1")
+    return out / "whole"
+
+
+@pytest.fixture(scope="module")
+def half(out, text_dataset) -> Path:
+    """The same run, at its end after 4 steps."""
+    train(f"--dataset={text_dataset}", f"--out_dir={out / 'half'}", "--dropout=0.1",
+          "--max_iters=4", "--init_from=auto")
+    return out / "half"
+
+
+@pytest.fixture(scope="module")
+def resumption(out, half) -> tuple[Path, str]:
+    """`half` taken to 8 steps, nothing else given again; and what that printed."""
+    shutil.copytree(half, out / "resumed")
+    done = run(ROOT / "train.py", f"--out_dir={out / 'resumed'}", "--init_from=auto",
+               "--max_iters=8")
+    assert done.returncode == 0, done.stderr
+    return out / "resumed", done.stdout
+
+
+@pytest.fixture(scope="module")
+def resumed(resumption) -> Path:
+    return resumption[0]
+
+
+@pytest.fixture(scope="module")
+def resumed_from_best(out, half, whole) -> Path:
+    """As if `whole` had lost its ckpt.pt and died in a write; 1,000 seconds had passed."""
+    folder = out / "resumed_from_best"
+    folder.mkdir()
+    torch.save(load(half / "best.pt") | {"seconds": 1000.0}, folder / "best.pt")
+    written = (whole / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(written + '{"iter": 8, "lo')
+    done = run(ROOT / "train.py", f"--out_dir={folder}", "--init_from=resume", "--max_iters=8")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clipped(out, whole, text_dataset) -> Path:
+    """A run from the weights of `whole` whose gradients are clipped to nearly nothing."""
+    train(f"--dataset={text_dataset}", f"--out_dir={out / 'clipped'}", "--grad_clip=1e-16",
+          f"--init_from={whole / 'ckpt.pt'}", "--lr_decay_iters=5")
+    return out / "clipped"
+
+
+SPLIT = ["--max_iters=6", "--grad_clip=0", "--decay_lr=False", "--always_save_checkpoint=False"]
+
+
+@pytest.fixture(scope="module")
+def four_by_two(out, text_dataset) -> Path:
+    """A run whose batches of 8 are 2 micro-batches of 4."""
+    train(f"--dataset={text_dataset}", f"--out_dir={out / 'four_by_two'}", *SPLIT)
+    return out / "four_by_two"
+
+
+@pytest.fixture(scope="module")
+def eight_by_one(out, text_dataset) -> Path:
+    """The same run with whole batches, logging every third step."""
+    train(f"--dataset={text_dataset}", f"--out_dir={out / 'eight_by_one'}", *SPLIT,
+          "--batch_size=8", "--gradient_accumulation_steps=1", "--log_interval=3")
+    return out / "eight_by_one"
+
+
+@pytest.fixture(scope="module")
+def logged(out, text_dataset) -> Path:
+    """A run in bfloat16 that logs everywhere."""
+    train(f"--dataset={text_dataset}", f"--out_dir={out / 'logged'}", "--dtype=bfloat16",
+          "--max_iters=2", "--tensorboard_log=True", "--wandb_log=True")
+    return out / "logged"
+
+
+@pytest.fixture(scope="module")
+def torch_only(tmp_path_factory) -> str:
+    """A PYTHONPATH on which every optional package fails to import."""
+    folder = tmp_path_factory.mktemp("absent")
+    for name in ("tiktoken", "datasets", "tqdm", "requests", "wandb", "tensorboard", "safetensors",
+                 "huggingface_hub", "transformers"):
+        (folder / f"{name}.py").write_text(f"raise ImportError({name!r})\n")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def second(out, whole, text_dataset, torch_only) -> Path:
+    """A fresh run where `whole` was, with nothing but torch and numpy."""
+    shutil.copytree(whole, out / "second")
+    train(f"--dataset={text_dataset}", f"--out_dir={out / 'second'}", "--max_iters=1",
+          PYTHONPATH=torch_only)
+    return out / "second"
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> Path:
+    """A GPT-2 of random weights, saved by transformers."""
+    torch.manual_seed(3)
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_positions=32, vocab_size=300, n_layer=2, n_head=2, n_embd=16, bos_token_id=0,
+        eos_token_id=0))
+    for p in hf.parameters():
+        p.data.normal_(std=0.2)
+    folder = tmp_path_factory.mktemp("gpt2")
+    hf.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bpe_dataset(tmp_path_factory) -> Path:
+    """uint16 ids below 300, the higher the rarer, without meta.pkl."""
+    folder = tmp_path_factory.mktemp("bpe_dataset")
+    rng = np.random.default_rng(4)
+    for name, length in (("train", 5000), ("val", 500)):
+        ids = (300 * rng.random(length) ** 3).astype("<u2")
+        ids.tofile(folder / f"{name}.bin")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(out, gpt2, bpe_dataset) -> Path:
+    """`gpt2` trained on, ever faster, which serves it well at first only."""
+    train(f"--dataset={bpe_dataset}", f"--out_dir={out / 'fine_tuned'}", f"--init_from={gpt2}",
+          "--eval_iters=0", "--eval_interval=1", "--max_iters=3", "--learning_rate=3",
+          "--warmup_iters=30", "--lr_decay_iters=31")
+    return out / "fine_tuned"
+
+
+# ------------------------------------------------------------------------------- steps, evaluations
+
+def test_exactly_max_iters_steps_are_made(whole):
+    assert [record["iter"] for record in steps(whole)] == list(range(8))
+    saved = load(whole / "ckpt.pt")
+    assert saved["iter_num"] == 8
+    assert {s["step"].item() for s in saved["optimizer"]["state"].values()} == {8}
+
+
+def test_evaluations_are_at_multiples_of_eval_interval_and_at_the_end(four_by_two):
+    assert [record["iter"] for record in evaluations(four_by_two)] == [0, 4, 6]
+
+
+def test_log_interval_thins_out_the_steps_logged(eight_by_one):
+    assert [record["iter"] for record in steps(eight_by_one)] == [0, 3]
+
+
+def test_metrics_have_the_documented_keys(whole):
+    assert all(record.keys() == STEP_KEYS for record in steps(whole))
+    assert all(record.keys() == EVALUATION_KEYS for record in evaluations(whole))
+    assert len(records(whole)) == len(steps(whole)) + len(evaluations(whole))
+
+
+def test_mfu_is_null_where_the_peak_is_unknown(whole):
+    assert {record["mfu"] for record in steps(whole)} == {None}
+
+
+def test_tokens_per_second_are_those_of_the_timed_phases(whole):
+    for record in steps(whole):
+        ms = sum(record[key] for key in record if key.endswith("_ms"))
+        assert record["tokens_per_s"] == pytest.approx(2 * 4 * 16 / (ms / 1e3))
+
+
+def test_perplexity_is_the_exponential_of_the_loss(whole):
+    for record in evaluations(whole):
+        assert record["val_perplexity"] == pytest.approx(math.exp(record["val_loss"]))
+
+
+def test_the_model_learns(whole):
+    first, *_, last = evaluations(whole)
+    assert first["val_loss"] == pytest.approx(math.log(14), abs=0.1)  # 14 characters, alike
+    assert last["val_loss"] < first["val_loss"] - 0.2
+    assert last["train_loss"] < first["train_loss"] - 0.2
+
+
+def test_an_evaluation_depends_on_the_weights_alone(whole, clipped):
+    after, before = evaluations(whole)[-1], evaluations(clipped)[0]
+    assert (after["iter"], before["iter"]) == (8, 0)
+    for key in ("train_loss", "val_loss", "val_accuracy"):  # with dropout on and off in training
+        assert before[key] == after[key]
+
+
+def test_eval_only_covers_the_whole_validation_split_and_writes_nothing(whole, text_dataset):
+    untouched = contents(whole)
+    done = run(ROOT / "train.py", f"--out_dir={whole}", "--init_from=resume", "--eval_only=True",
+               "--eval_iters=0")
+    assert done.returncode == 0, done.stderr
+    assert contents(whole) == untouched
+    saved = load(whole / "ckpt.pt")
+    gpt = GPT(GPTConfig(**saved["model_args"])).eval()
+    gpt.load_state_dict(saved["model"])
+    tokens = np.fromfile(text_dataset / "val.bin", "<u2")
+    loss, accuracy = loss_and_accuracy(lambda idx: gpt(idx, idx)[0], tokens)
+    found = re.search(r"step 8: .*val loss ([\d.]+), .*accuracy ([\d.]+)%", done.stdout)
+    assert float(found[1]) == pytest.approx(loss, abs=6e-5)  # four digits are printed
+    assert float(found[2]) == pytest.approx(100 * accuracy, abs=0.051)
+
+
+# ---------------------------------------------------------------------------------------- optimizer
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine(whole, clipped, four_by_two):
+    def rates(out_dir: Path) -> list[float]:
+        return [record["lr"] for record in steps(out_dir)]
+
+    warm_up = [1e-2 / 3, 2e-2 / 3]
+    assert rates(whole) == pytest.approx([
+        *warm_up, *(5.5e-3 + 4.5e-3 * math.cos(math.pi * k / 6) for k in range(6))])
+    assert rates(clipped) == pytest.approx([*warm_up, 1e-2, 7.75e-3, 3.25e-3, 1e-3, 1e-3, 1e-3])
+    assert rates(four_by_two) == [1e-2] * 6  # decay_lr = False
+
+
+def test_without_gradients_weights_decay_by_lr_times_weight_decay(whole, clipped):
+    before, after = load(whole / "ckpt.pt")["model"], load(clipped / "ckpt.pt")["model"]
+    shrink = math.prod(1 - record["lr"] * 0.1 for record in steps(clipped))
+    for name, tensor in before.items():
+        expected = tensor * shrink if tensor.dim() >= 2 else tensor
+        torch.testing.assert_close(after[name], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_the_norm_logged_is_the_one_before_clipping(clipped):
+    assert all(record["grad_norm"] > 0.01 for record in steps(clipped))
+
+
+def test_a_grad_clip_of_0_clips_nothing(four_by_two):
+    assert losses(four_by_two)[-1] < losses(four_by_two)[0] - 0.1
+
+
+def test_a_batch_does_not_depend_on_how_it_is_split(four_by_two, eight_by_one):
+    assert losses(eight_by_one) == pytest.approx(losses(four_by_two)[::3], rel=1e-5)
+    for key in ("lr", "grad_norm"):
+        assert [record[key] for record in steps(eight_by_one)] == pytest.approx(
+            [record[key] for record in steps(four_by_two)[::3]], rel=1e-4)
+
+
+def test_two_processes_train_like_one(four_by_two, text_dataset, tmp_path):
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               ROOT / "train.py", *TINY, *SPLIT, f"--dataset={text_dataset}",
+               f"--out_dir={tmp_path}", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert len(records(tmp_path)) == len(records(four_by_two))
+    for ours, reference in zip(records(tmp_path), records(four_by_two), strict=True):
+        for key in reference.keys() - TIMES - {"mfu"}:
+            assert ours[key] == pytest.approx(reference[key], rel=1e-4), key
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+def test_checkpoints_have_the_documented_keys(whole):
+    for name in ("ckpt.pt", "best.pt"):
+        assert load(whole / name).keys() >= {"model", "optimizer", "model_args", "iter_num",
+                                             "best_val_loss", "config", "history", "meta"}
+
+
+def test_the_vocabulary_is_the_datasets(whole):
+    saved = load(whole / "ckpt.pt")
+    assert saved["model_args"]["vocab_size"] == saved["meta"]["vocab_size"] == 14
+
+
+def test_the_last_step_is_saved_without_always_save_checkpoint(four_by_two):
+    assert load(four_by_two / "ckpt.pt")["iter_num"] == 6
+
+
+def test_best_holds_the_lowest_validation_loss(fine_tuned):
+    lowest = min(evaluations(fine_tuned), key=lambda record: record["val_loss"])
+    assert 0 < lowest["iter"] < 3
+    best = load(fine_tuned / "best.pt")
+    assert (best["iter_num"], best["best_val_loss"]) == (lowest["iter"], lowest["val_loss"])
+    assert load(fine_tuned / "ckpt.pt")["best_val_loss"] == lowest["val_loss"]
+
+
+def test_a_fresh_run_moves_the_earlier_one_to_previous(second, whole):
+    for name in ("ckpt.pt", "best.pt", "metrics.jsonl"):
+        assert (second / "previous" / name).read_bytes() == (whole / name).read_bytes()
+    assert [record["iter"] for record in records(second)] == [0, 0, 1]
+    assert load(second / "ckpt.pt")["iter_num"] == 1
+
+
+# ----------------------------------------------------------------------------------------- resuming
+
+@pytest.mark.parametrize("name", ["resumed", "resumed_from_best"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, whole, request):
+    ours, reference = load(request.getfixturevalue(name) / "ckpt.pt"), load(whole / "ckpt.pt")
+    for key in ("model", "optimizer"):
+        assert ours[key].keys() == reference[key].keys()
+    for key, tensor in reference["model"].items():
+        assert torch.equal(ours["model"][key], tensor), key
+    for i, state in reference["optimizer"]["state"].items():
+        for key, tensor in state.items():
+            assert torch.equal(ours["optimizer"]["state"][i][key], tensor), (i, key)
+    assert ours["optimizer"]["param_groups"] == reference["optimizer"]["param_groups"]
+    assert untimed(ours["history"]) == untimed(reference["history"])
+    assert ours["best_val_loss"] == reference["best_val_loss"]
+    assert ours["iter_num"] == reference["iter_num"]
+
+
+@pytest.mark.parametrize("name", ["resumed", "resumed_from_best"])
+def test_a_resumed_run_continues_the_metrics_of_the_uninterrupted_one(name, whole, request):
+    ours = request.getfixturevalue(name)
+    assert untimed(steps(ours)) == untimed(steps(whole))
+    assert untimed(evaluations(ours)) == untimed(evaluations(whole))
+
+
+def test_dropout_changes_the_loss_of_the_first_step(whole, four_by_two):
+    assert losses(whole)[0] != pytest.approx(losses(four_by_two)[0], rel=1e-6)
+
+
+def test_seconds_include_the_parts_before(resumed_from_best):
+    assert all(record["seconds"] > 1000 for record in steps(resumed_from_best)[4:])
+
+
+def test_resuming_restores_the_settings(resumed, whole):
+    ours, reference = load(resumed / "ckpt.pt")["config"], load(whole / "ckpt.pt")["config"]
+    assert ours.keys() == reference.keys()
+    differing = {key for key in ours if ours[key] != reference[key]}
+    assert differing == {"out_dir", "init_from"}
+
+
+def test_resuming_prints_the_settings_that_differ(resumption):
+    line, = (line for line in resumption[1].splitlines() if "since the checkpoint" in line)
+    assert line.partition(": ")[2] == "max_iters 4 -> 8"
+
+
+def test_init_from_auto_starts_afresh_without_a_checkpoint(half):
+    assert [record["iter"] for record in steps(half)] == [0, 1, 2, 3]
+
+
+def signalled(number: int, after: str, *args: str) -> tuple[int, str, str]:
+    """Run train.py until it prints `after`, send a signal, return what became of it."""
+    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args], text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for line in process.stdout:
+            if line.startswith(after):
+                process.send_signal(number)
+                break
+        out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_signals_end_a_run_saved_and_it_can_go_on(text_dataset, tmp_path):
+    def saved() -> int:
+        return load(tmp_path / "ckpt.pt")["iter_num"]
+
+    status, printed, errors = signalled(
+        signal.SIGINT, "iter 3:", *TINY, f"--dataset={text_dataset}", f"--out_dir={tmp_path}",
+        "--max_iters=1000000", "--eval_interval=1000000")
+    assert status == 130, errors
+    assert "Traceback" not in errors
+    assert f"after {saved()} steps" in printed
+    interrupted = saved()
+    assert interrupted >= 4
+    assert [record["iter"] for record in steps(tmp_path)] == list(range(interrupted))
+    status, _, errors = signalled(signal.SIGTERM, f"iter {interrupted + 2}:",
+                                  f"--out_dir={tmp_path}", "--init_from=resume")
+    assert status == 143, errors
+    assert "Traceback" not in errors
+    assert saved() >= interrupted + 3
+    assert [record["iter"] for record in steps(tmp_path)] == list(range(saved()))
+
+
+# ------------------------------------------------------------------------------------- pretrained
+
+def test_fine_tuning_starts_from_the_loss_that_transformers_has(fine_tuned, gpt2, bpe_dataset):
+    hf = transformers.GPT2LMHeadModel.from_pretrained(gpt2).eval()
+    tokens = np.fromfile(bpe_dataset / "val.bin", "<u2")
+    loss, accuracy = loss_and_accuracy(lambda idx: hf(idx).logits, tokens)
+    first = evaluations(fine_tuned)[0]
+    assert first["val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert first["val_accuracy"] == pytest.approx(accuracy, abs=0.003)  # one token may be a tie
+
+
+def test_the_shape_of_a_fine_tuned_model_is_the_files_but_for_the_block_size(fine_tuned):
+    saved = load(fine_tuned / "ckpt.pt")
+    expected = {"block_size": 16, "vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 16,
+                "bias": True, "activation": "gelu_tanh", "dropout": 0.0}
+    assert saved["model_args"] == expected
+    assert {key: saved["config"][key] for key in expected if key != "vocab_size"} == {
+        key: value for key, value in expected.items() if key != "vocab_size"}
+    assert saved["meta"] is None
+
+
+# --------------------------------------------------------------------------- machine, logging
+
+def test_bfloat16_on_a_cpu_is_close_to_float32_and_keeps_float32_weights(logged, four_by_two):
+    assert losses(logged)[0] == pytest.approx(losses(four_by_two)[0], rel=1e-2)
+    assert losses(logged)[0] != losses(four_by_two)[0]
+    assert {t.dtype for t in load(logged / "ckpt.pt")["model"].values()} == {torch.float32}
+
+
+def test_tensorboard_has_the_numbers_of_metrics_jsonl(logged):
+    events = EventAccumulator(str(logged / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == (STEP_KEYS | EVALUATION_KEYS) - {"mfu"}
+    assert [e.step for e in events.Scalars("loss")] == [0, 1]
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses(logged))
+    assert [e.value for e in events.Scalars("val_loss")] == pytest.approx(
+        [record["val_loss"] for record in evaluations(logged)])
+
+
+def test_wandb_logs_offline(logged):
+    file, = (logged / "wandb").glob("offline-run-*/*.wandb")
+    assert file.stat().st_size > 0
+
+
+def test_a_character_model_trains_and_samples_with_torch_and_numpy_alone(second, torch_only):
+    done = run(ROOT / "sample.py", f"--out_dir={second}", "--num_samples=1", "--start=to be",
+               "--max_new_tokens=5", "--device=cpu", PYTHONPATH=torch_only)
+    assert done.returncode == 0, done.stderr
+    assert "to be" in done.stdout
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_a_compiled_run_computes_the_same_and_saves_plain_names(four_by_two, text_dataset,
+                                                                tmp_path):
+    train(f"--dataset={text_dataset}", f"--out_dir={tmp_path}", "--compile=True", "--max_iters=1",
+          TORCHINDUCTOR_COMPILE_THREADS="1")
+    assert losses(tmp_path)[0] == pytest.approx(losses(four_by_two)[0], rel=1e-5)
+    assert load(tmp_path / "ckpt.pt")["model"].keys() == load(
+        four_by_two / "ckpt.pt")["model"].keys()
+
+
+# ---------------------------------------------------------------------------------------- refusals
+
+# What is wrong: the arguments after those of a good run, and what the error must name.
+REFUSALS = {
+    "no such dataset": ("--dataset={tmp}/nowhere", ["nowhere", "prepare.py"]),
+    "ids beyond the vocabulary": ("--dataset={beyond}", ["val.bin", "200", "14"]),
+    "data shorter than a block": ("--dataset={short}", ["val.bin", "block_size", "16"]),
+    "warm-up without end": ("--warmup_iters=8", ["warmup_iters = 8", "lr_decay_iters = 8"]),
+    "dropout out of range": ("--dropout=1.5", ["dropout = 1.5", "< 1"]),
+    "no such device": ("--device=cudas", ["cudas", "cpu, cuda, mps", "did you mean cuda?"]),
+    "no GPU": ("--device=cuda", ["device = 'cuda'", "cpu"]),
+    "float16 on a CPU": ("--dtype=float16", ["float16", "bfloat16", "float32"]),
+    "another tokenizer": ("--init_from=resume --dataset={other}", ["14 characters", "other"]),
+    "another shape": ("--init_from=resume --n_layer=3", ["n_layer = 3", "2", "ckpt.pt"]),
+    "nothing to resume": ("--init_from=resume --out_dir={tmp}/nothing",
+                          ["nothing", "ckpt.pt", "--init_from=auto"]),
+}
+
+
+@pytest.fixture(scope="module")
+def refusals(whole, text_dataset, tmp_path_factory) -> dict:
+    """All refusals, two at a time: (finished process, what was in out_dir, and what is)."""
+    tmp = tmp_path_factory.mktemp("refusals")
+    beyond, short, other = (tmp / name for name in ("beyond", "short", "other"))
+    for folder in (beyond, short):
+        shutil.copytree(text_dataset, folder)
+    np.array([0, 1, 200] * 100, "<u2").tofile(beyond / "val.bin")
+    np.zeros(16, "<u2").tofile(short / "val.bin")
+    text = "another alphabet " * 100
+    write_text_dataset(other, text, CharTokenizer(CharTokenizer.meta_of(text)),
+                       CharTokenizer.meta_of(text))
+
+    def refused(case: str) -> tuple:
+        out_dir = tmp / case.replace(" ", "_")
+        shutil.copytree(whole, out_dir)
+        before = contents(out_dir)
+        args = REFUSALS[case][0].format(tmp=tmp, beyond=beyond, short=short, other=other)
+        done = run(ROOT / "train.py", *TINY, f"--dataset={text_dataset}", f"--out_dir={out_dir}",
+                   *args.split())
+        return done, before, contents(out_dir)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(REFUSALS, pool.map(refused, REFUSALS), strict=True))
+    assert not (tmp / "nothing").exists()
+    return found
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_users_mistake_is_answered_in_one_line_and_touches_nothing(case, refusals):
+    if case == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    done, before, after = refusals[case]
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    for word in REFUSALS[case][1]:
+        assert word in done.stderr
+    assert after == before
