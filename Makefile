@@ -12,7 +12,7 @@ demo: $(PYTHON)
 	$(PYTHON) -m pip install --quiet -r requirements.txt
 	$(PYTHON) data/stdlib_char/prepare.py
 	$(PYTHON) train.py config/train_stdlib_char.py
-	$(PYTHON) sample.py --out_dir=out-stdlib-char --num_samples=1 --max_new_tokens=600
+	$(PYTHON) sample.py --out_dir=out-stdlib-char --num_samples=1 --start="def "
 	@echo
 	@echo "That was a model of 0.8M parameters after a minute on Python's own library. Next:"
 	@echo "  $(PYTHON) sample.py --out_dir=out-stdlib-char --start='class Model'"

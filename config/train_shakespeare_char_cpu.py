@@ -4,8 +4,8 @@
 #   python train.py config/train_shakespeare_char_cpu.py
 #   python sample.py --out_dir=out-shakespeare-char-cpu
 #
-# Hardware: 2 cores of a 2.8 GHz Xeon. Duration: 3.5 minutes, of which training is about 1.
-# Result: validation loss 1.91 (200 batches).
+# Hardware: 2 cores of a 2.8 GHz Xeon. Duration: 2 minutes, half of it evaluation.
+# Result: validation loss 1.912 (200 batches), 1.908 (the whole split, --eval_iters=0).
 
 out_dir = "out-shakespeare-char-cpu"
 dataset = "shakespeare_char"

@@ -4,7 +4,9 @@
 #   python train.py config/train_stdlib_char.py
 #   python sample.py --out_dir=out-stdlib-char
 #
-# Hardware: any CPU. Duration and result: being measured.
+# Hardware: 2 cores of a 2.8 GHz Xeon. Duration: 75 seconds.
+# Result: validation loss 1.58 (20 batches), 1.61 (the whole split, --eval_iters=0), with the
+# library of Python 3.11.7; another Python's differs a little.
 
 out_dir = "out-stdlib-char"
 dataset = "stdlib_char"
