@@ -5,6 +5,7 @@ metrics.jsonl has.
 """
 
 import json
+import shutil
 import sys
 import time
 from importlib.util import find_spec
@@ -70,7 +71,7 @@ class Metrics:
         if sys.stderr.isatty() and find_spec("tqdm") and not config["eval_only"]:
             from tqdm import tqdm
             self.bar = tqdm(total=config["max_iters"], initial=start_iter, unit="it",
-                            dynamic_ncols=True, smoothing=0.1)
+                            ncols=shutil.get_terminal_size().columns, smoothing=0.1)
         if out_dir is None:
             return
         path = Path(out_dir) / "metrics.jsonl"
