@@ -70,8 +70,9 @@ class Metrics:
             return
         if sys.stderr.isatty() and find_spec("tqdm") and not config["eval_only"]:
             from tqdm import tqdm
+            columns, lines = shutil.get_terminal_size()  # 80 x 24 where the terminal won't tell
             self.bar = tqdm(total=config["max_iters"], initial=start_iter, unit="it",
-                            ncols=shutil.get_terminal_size().columns, smoothing=0.1)
+                            ncols=columns, nrows=lines, smoothing=0.1)
         if out_dir is None:
             return
         path = Path(out_dir) / "metrics.jsonl"
