@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -556,3 +557,13 @@ def test_a_users_mistake_is_answered_in_one_line_and_touches_nothing(case, refus
     for word in REFUSALS[case][1]:
         assert word in done.stderr
     assert after == before
+
+
+def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left(text_dataset, tmp_path):
+    terminal, its_end = os.openpty()
+    subprocess.run([sys.executable, ROOT / "train.py", *TINY, f"--dataset={text_dataset}",
+                    f"--out_dir={tmp_path}"], stderr=its_end, stdout=subprocess.PIPE, check=True)
+    os.close(its_end)
+    shown = os.read(terminal, 65536).decode()
+    os.close(terminal)
+    assert re.search(r"8/8 \[\d\d:\d\d<\d\d:\d\d, .*it/s, loss \d\.\d+, [\d,]+ tok/s\]", shown)
