@@ -6,18 +6,18 @@ tokenizer's vocabulary; None for GPT-2's), seconds (of training so far). Files w
 model_args and config, as other minimal GPT trainers write them, are read too.
 """
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from configurator import UserError, announce, choose
-from data.bins import written_whole
-from data.tokenizer import check_meta
+from data.bins import dataset_folder, written_whole
+from data.tokenizer import check_meta, load_meta
 from model import GPT, PRETRAINED, GPTConfig
 
 NEWEST, BEST = "ckpt.pt", "best.pt"
+GPT2_IDS = 50257  # a vocabulary of fewer is not GPT-2's
 NOT_RESTORED = ("init_from", "out_dir", "eval_only")  # settings of a start, not of a run
 
 
@@ -47,8 +47,7 @@ def load(path: Path, mmap: bool = False) -> dict:
         raise UserError(f"{path} is no checkpoint: it lacks {', '.join(sorted(missing))}")
     if contents.get("meta"):
         check_meta(contents["meta"], path)
-    contents["path"] = path
-    return contents
+    return {"iter_num": 0, **contents, "path": path}
 
 
 def newest(out_dir: str) -> dict | None:
@@ -56,10 +55,10 @@ def newest(out_dir: str) -> dict | None:
     paths = [path for name in (NEWEST, BEST) if (path := Path(out_dir) / name).exists()]
     if not paths:
         return None
-    return load(max(paths, key=lambda path: load(path, mmap=True).get("iter_num", 0)))
+    return load(max(paths, key=lambda path: load(path, mmap=True)["iter_num"]))
 
 
-def best_path(out_dir: str) -> Path:
+def path_to_sample(out_dir: str) -> Path:
     """The checkpoint to sample from: of the lowest validation loss if there is one."""
     best = Path(out_dir) / BEST
     return best if best.exists() else Path(out_dir) / NEWEST
@@ -82,14 +81,25 @@ def build_model(contents: dict, dropout: float | None = None) -> GPT:
     config = config_of(contents)
     if dropout is not None:
         config.dropout = dropout
-    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in contents["model"].items()
-             if not name.endswith(".attn.bias")}  # causal masks that older files store
+    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in contents["model"].items()}
     model = GPT(config)
     try:
         model.load_weights(state, source=contents["path"])
     except ValueError as error:
         raise UserError(str(error)) from None
     return model
+
+
+def meta_of(contents: dict) -> dict | None:
+    """A checkpoint's vocabulary; where another trainer saved none, that of its dataset."""
+    if "meta" in contents:
+        return contents["meta"]
+    dataset = contents.get("config", {}).get("dataset")
+    meta = load_meta(dataset_folder(dataset)) if dataset else None
+    if meta is None and contents["model_args"]["vocab_size"] < GPT2_IDS:
+        raise UserError(f"{contents['path']} names no vocabulary, and its dataset {dataset!r} is "
+                        f"not here: prepare that first")
+    return meta
 
 
 def load_pretrained(name_or_path: str, dropout: float = 0.0) -> tuple[GPT, dict | None]:
@@ -99,11 +109,11 @@ def load_pretrained(name_or_path: str, dropout: float = 0.0) -> tuple[GPT, dict 
     Raises UserError or ValueError if there is no such model.
     """
     path = Path(name_or_path)
-    if path.is_dir() and best_path(name_or_path).exists():
-        path = best_path(name_or_path)
+    if path.is_dir() and path_to_sample(name_or_path).exists():
+        path = path_to_sample(name_or_path)
     if path.is_file():
         contents = load(path)
-        return build_model(contents, dropout), contents.get("meta")
+        return build_model(contents, dropout), meta_of(contents)
     if path.suffix == ".pt" or (not path.is_dir() and name_or_path not in PRETRAINED
                                 and "/" not in name_or_path):
         choose("init_from", name_or_path, ["scratch", "resume", "auto", *PRETRAINED, "a checkpoint",
@@ -120,17 +130,25 @@ def restore_settings(config: dict, given: dict, contents: dict) -> dict:
              if name in config and name not in NOT_RESTORED}
     shape = asdict(config_of(contents))
     saved |= {name: shape[name] for name in shape if name in config and name != "dropout"}
-    changes = []
-    for name, value in given.items():
-        if name in shape and name != "dropout" and value != shape[name]:
-            raise UserError(f"{name} = {value!r}, but the model in {contents['path']} has "
-                            f"{shape[name]!r}: leave it out to resume, or start anew from its "
-                            f"weights with --init_from={contents['path']}")
-        if name in saved and value != saved[name]:
-            changes.append(f"{name} {saved[name]!r} -> {value!r}")
+    check_shape(given, config_of(contents), contents["path"])
+    if "block_size" in given and given["block_size"] != shape["block_size"]:
+        raise UserError(f"block_size = {given['block_size']}, but the run in {contents['path']} "
+                        f"has {shape['block_size']}: leave it out to resume, or start anew from "
+                        f"its weights with --init_from={contents['path']}")
+    changes = [f"{name} {saved[name]!r} -> {value!r}" for name, value in given.items()
+               if name in saved and value != saved[name]]
     if changes:
         announce("changed since the checkpoint:", ", ".join(changes))
     return config | saved | given
+
+
+def check_shape(given: dict, config: GPTConfig, source: object) -> None:
+    """Raise UserError if settings that were given ask for another model than the loaded one."""
+    for name in ("n_layer", "n_head", "n_embd", "bias", "activation"):
+        if name in given and given[name] != getattr(config, name):
+            raise UserError(f"{name} = {given[name]!r}, but the model of {source} has "
+                            f"{getattr(config, name)!r}: leave it out, or use "
+                            f"--init_from=scratch")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -144,6 +162,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
         raise UserError(f"{contents['path']} has no optimizer to resume with: start anew from its "
                         f"weights with --init_from={contents['path']}")
     try:
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):  # the fused step does not look at shapes
+            if any(saved["state"][i][name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")
+                   if i in saved["state"]):
+                raise ValueError("its tensors are in another order or of other shapes")
         groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
         options = [old | {k: v for k, v in new.items() if k != "params"} for old, new in groups]
         optimizer.load_state_dict({**saved, "param_groups": options})
@@ -154,7 +178,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
 
 
 def prepare_out_dir(out_dir: str, fresh: bool) -> None:
-    """Make the folder of a run; a fresh run moves what an earlier one left into previous/.
+    """Make the folder of a run; a fresh run moves what an earlier one left into previous-N/.
 
     Raises UserError if it cannot be written.
     """
@@ -163,11 +187,13 @@ def prepare_out_dir(out_dir: str, fresh: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         old = [path for name in (NEWEST, BEST, "metrics.jsonl") if (path := folder / name).exists()]
         if fresh and old:
-            shutil.rmtree(folder / "previous", ignore_errors=True)
-            (folder / "previous").mkdir()
+            n = 1
+            while (previous := folder / f"previous-{n}").exists():
+                n += 1
+            previous.mkdir()
             for path in old:
-                path.replace(folder / "previous" / path.name)
-            print(f"moved the earlier run in {folder} to {folder / 'previous'}")
+                path.replace(previous / path.name)
+            print(f"moved the earlier run in {folder} to {previous}")
     except OSError as error:
         raise UserError(f"cannot write to out_dir = {out_dir!r}: {error.strerror}") from None
 

@@ -58,7 +58,7 @@ def configure(settings: dict, argv: list[str] | None = None) -> tuple[dict, dict
             name, equals, text = arg[2:].partition("=")
             _known(name, kinds, "setting")
             if not equals:
-                raise UserError(f"--{name} has no value: write --{name}={_example(defaults[name])}")
+                raise UserError(f"--{name} has no value: write --{name}={defaults[name]}")
             given[name] = _parse(name, text, kinds[name])
     settings.update(given)
     changed = [f"{k}={v!r}" for k, v in given.items() if v != defaults[k]]
@@ -189,10 +189,6 @@ def _nearest(word: str, choices: list[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _example(default: object) -> object:
-    return 1 if default is None else default
-
-
 def _help(settings: dict, kinds: dict) -> str:
     """The script's docstring, then its settings with their defaults and comments, from its text."""
     source = Path(settings["__file__"]).read_text(encoding="utf-8")
@@ -210,10 +206,17 @@ def _help(settings: dict, kinds: dict) -> str:
 
 
 def _end_in_one_line(kind: type, error: BaseException, trace: types.TracebackType) -> None:
-    if not issubclass(kind, (UserError, KeyboardInterrupt)):
-        sys.__excepthook__(kind, error, trace)  # a bug of ours: it keeps its traceback
+    status = 2
+    if issubclass(kind, ModuleNotFoundError):
+        error = f"this needs the package {error.name}: pip install -r requirements.txt"
+    elif issubclass(kind, KeyboardInterrupt):
+        error, status = "stopped by Ctrl-C", 130
+    elif issubclass(kind, BrokenPipeError):  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)
+    elif not issubclass(kind, UserError):  # a bug of ours keeps its traceback
+        sys.__excepthook__(kind, error, trace)
         return
     sys.stdout.flush()
-    interrupted = issubclass(kind, KeyboardInterrupt)
-    print("stopped by Ctrl-C" if interrupted else f"error: {error}", file=sys.stderr)
-    raise SystemExit(130 if interrupted else 2)
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(status)

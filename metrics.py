@@ -5,6 +5,7 @@ metrics.jsonl has.
 """
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -30,6 +31,7 @@ class Stopwatch:
 
     def _now(self) -> float | torch.cuda.Event:
         if self.runtime.device.type != "cuda":
+            self.runtime.synchronize()  # MPS; on a CPU there is nothing to wait for
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -82,6 +84,9 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(str(Path(out_dir) / "tensorboard"),
                                              purge_step=start_iter)
+            for record in history:
+                if record["iter"] == start_iter:  # purged, but not evaluated again
+                    self._to_tensorboard(record)
         if config["wandb_log"]:
             import wandb
             self.wandb = wandb.init(project=config["wandb_project"], config=config,
@@ -124,14 +129,19 @@ class Metrics:
             print(line, flush=True)
 
     def _send(self, record: dict) -> None:
+        record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in record.items()}  # JSON has no NaN
         if self.file:
             self.file.write(json.dumps(record) + "\n")
         numbers = {key: value for key, value in record.items() if value is not None}
         if self.tensorboard:
-            for key, value in numbers.items():
-                self.tensorboard.add_scalar(key, value, record["iter"])
+            self._to_tensorboard(numbers)
         if self.wandb:
             self.wandb.log(numbers, step=record["iter"])
+
+    def _to_tensorboard(self, record: dict) -> None:
+        for key, value in record.items():
+            self.tensorboard.add_scalar(key, value, record["iter"])
 
 
 def keep_records_before(path: Path, start_iter: int, history: list[dict]) -> None:

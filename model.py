@@ -78,6 +78,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float 
     q: (B, H, T, D), the last T of the S positions of k and v: (B, H, S, D); T is S or 1.
     Returns (B, H, T, D).
     """
+    # A single new token may read all S; is_causal would leave it the first alone.
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1)
 
 
@@ -92,7 +93,9 @@ def attention_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout
 
 
 class CausalSelfAttention(nn.Module):
-    attend = staticmethod(attention)
+    """Every position reads from itself and those before it, in n_head ways at once."""
+
+    attend = staticmethod(attention)  # tests put attention_by_hand in its place
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -106,18 +109,24 @@ class CausalSelfAttention(nn.Module):
                 ) -> torch.Tensor:
         """x: (B, T, C) at positions start .. start + T; past: (2, B, H, S_max, D) keys, values."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        H, D = self.n_head, C // self.n_head
+        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+        v = v.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
         if past is not None:
             past[0, :, :, start:start + T] = k
             past[1, :, :, start:start + T] = v
-            k, v = past[:, :, :, :start + T]  # (B, H, S, D)
+            k = past[0, :, :, :start + T]  # (B, H, S, D)
+            v = past[1, :, :, :start + T]  # (B, H, S, D)
         y = self.attend(q, k, v, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
+    """Each position by itself, through a hidden layer four times as wide."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -130,6 +139,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then MLP, each reading a normalised copy of the stream and adding to it."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -141,17 +152,6 @@ class Block(nn.Module):
                 ) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), past, start)
         return x + self.mlp(self.ln_2(x))
-
-
-class KVCache:
-    """Keys and values of the tokens read so far, so that decoding reads each token once."""
-
-    def __init__(self, config: GPTConfig, batch: int, size: int, dtype: torch.dtype,
-                 device: torch.device):
-        D = config.n_embd // config.n_head
-        self.layers = torch.empty(config.n_layer, 2, batch, config.n_head, size, D,
-                                  dtype=dtype, device=device)
-        self.length = 0  # tokens held
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -181,16 +181,19 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
-                cache: KVCache | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+                past: torch.Tensor | None = None, start: int = 0,
+                ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits of the next token, and the mean cross entropy when targets are given.
 
-        idx: (B, T) int64 token ids; with a cache, the tokens that follow those it holds.
+        idx: (B, T) int64 token ids, at positions start .. start + T.
         targets: (B, T) int64, the token after each of idx; -1 where there is nothing to predict.
+        past: (n_layer, 2, B, H, S_max, D), the keys and values of the positions before start;
+            those of idx are written into it.
         Returns (logits, loss): (B, T, V) and a scalar with targets; without them, the logits of
             the last position alone, (B, 1, V), and None.
         Raises ValueError if the sequence is longer than block_size.
         """
-        T, start = idx.size(1), cache.length if cache else 0
+        T = idx.size(1)
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit block_size = "
                              f"{self.config.block_size}: crop the input")
@@ -198,9 +201,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, cache.layers[i] if cache else None, start)
-        if cache:
-            cache.length += T
+            x = block(x, None if past is None else past[i], start)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None  # (B, 1, V)
@@ -227,7 +228,7 @@ class GPT(nn.Module):
         n_vocab: ids from here on are never drawn (the padding of the vocabulary).
         Call `eval()` first. Raises ValueError for settings out of range.
         """
-        V, block_size = self.config.vocab_size, self.config.block_size
+        c, V, block_size = self.config, self.config.vocab_size, self.config.block_size
         n_vocab = n_vocab or V
         for ok, what in (
             (idx.dim() == 2 and idx.size(1) > 0, "the prompt is empty: expected at least 1 token"),
@@ -246,16 +247,18 @@ class GPT(nn.Module):
         device = idx.device
         dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
                  else self.lm_head.weight.dtype)
-        cache = KVCache(self.config, B, min(T + max_new_tokens, block_size), dtype, device)
+        past = torch.empty(c.n_layer, 2, B, c.n_head, min(T + max_new_tokens, block_size),
+                           c.n_embd // c.n_head, dtype=dtype, device=device)
+        held = 0  # positions in past
         tokens = F.pad(idx, (0, max_new_tokens))  # (B, T + n), filled in as tokens come
         stopped = torch.zeros(B, dtype=torch.bool, device=device)
-        start = max(0, T - block_size)  # first token not yet read
+        unread = max(0, T - block_size)  # the first token that is not in past
         for end in range(T, T + max_new_tokens):
-            if cache.length == block_size:
-                cache.length = 0
-                start = end - max(1, block_size // 2)
-            logits, _ = self(tokens[:, start:end], cache=cache)
-            logits = logits[:, -1, :n_vocab].float()  # (B, V)
+            if held == block_size:
+                held, unread = 0, end - max(1, block_size // 2)
+            logits, _ = self(tokens[:, unread:end], past=past, start=held)
+            held, unread = held + end - unread, end
+            logits = logits[:, -1, :n_vocab].float()  # (B, n_vocab)
             if repetition_penalty != 1:
                 logits = penalize_repeats(logits, tokens[:, :end], repetition_penalty)
             token = draw(logits, temperature, top_k, top_p)  # (B,)
@@ -263,7 +266,6 @@ class GPT(nn.Module):
                 token = token.masked_fill(stopped, stop)
                 stopped |= token == stop
             tokens[:, end] = token
-            start = end
             yield token
             if stop is not None and stopped.all():
                 return
@@ -292,8 +294,8 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context. Raises ValueError if it is longer than the present one."""
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"block_size = {block_size}: the model's {self.config.block_size} "
-                             f"positions can only be cropped")
+            raise ValueError(f"block_size = {block_size}: the model has {self.config.block_size} "
+                             f"positions, so choose at most as many")
         self.config.block_size = block_size
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
         self.transformer.wpe.num_embeddings = block_size
@@ -331,6 +333,8 @@ class GPT(nn.Module):
     def load_weights(self, state: dict[str, torch.Tensor], source: str) -> None:
         """Copy parameters by name. Raises ValueError naming every missing, unknown or misshapen
         tensor of `source`; then nothing was copied."""
+        state = {name: tensor for name, tensor in state.items()  # without stored causal masks
+                 if not name.endswith((".attn.bias", ".attn.masked_bias"))}
         own = self.state_dict()
         if "lm_head.weight" not in state and "transformer.wte.weight" in state:
             state = state | {"lm_head.weight": state["transformer.wte.weight"]}
@@ -356,26 +360,24 @@ class GPT(nn.Module):
         Raises ValueError if they cannot be had, or are not a GPT-2 of this form.
         """
         hf, tensors = read_pretrained(name_or_path)
+        sizes = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer",
+                 "n_head": "n_head", "n_embd": "n_embd"}
         activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                        "gelu": "gelu", "relu": "relu"}
-        unlike = {key: hf[key] for key, usual in (
-            ("model_type", ("gpt2",)), ("n_inner", (None, 4 * hf.get("n_embd", 0))),
-            ("layer_norm_epsilon", (1e-5,)), ("scale_attn_weights", (True,)),
-            ("scale_attn_by_inverse_layer_idx", (False,)), ("tie_word_embeddings", (True,)),
-            ("activation_function", activations)) if key in hf and hf[key] not in usual}
-        sizes = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
-        unlike |= {key: hf.get(key) for key in sizes if not isinstance(hf.get(key), int)}
-        if unlike:
+        unsupported = {key: hf.get(key) for key in sizes.values() if type(hf.get(key)) is not int}
+        unsupported |= {key: hf[key] for key, usual in (
+            ("model_type", ["gpt2"]), ("n_inner", [None, 4 * (hf.get("n_embd") or 0)]),
+            ("layer_norm_epsilon", [1e-5]), ("scale_attn_weights", [True]),
+            ("scale_attn_by_inverse_layer_idx", [False]), ("tie_word_embeddings", [True]),
+            ("activation_function", list(activations))) if key in hf and hf[key] not in usual}
+        if unsupported:
             raise ValueError(f"{name_or_path} is not a GPT-2 of this form: its config.json has "
-                             + ", ".join(f"{k} = {v!r}" for k, v in unlike.items()))
-        model = cls(GPTConfig(block_size=hf["n_positions"], vocab_size=hf["vocab_size"],
-                              n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"],
-                              dropout=dropout, bias=True,
-                              activation=activations[hf.get("activation_function", "gelu_new")]))
+                             + ", ".join(f"{k} = {v!r}" for k, v in unsupported.items()))
+        activation = activations[hf.get("activation_function", "gelu_new")]
+        model = cls(GPTConfig(**{ours: hf[theirs] for ours, theirs in sizes.items()},
+                              dropout=dropout, bias=True, activation=activation))
         state = {}
         for name, tensor in tensors.items():
-            if name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # causal masks that older files store
             if name.endswith(("attn.c_attn.weight", "c_proj.weight", "mlp.c_fc.weight")):
                 tensor = tensor.t()  # Conv1D keeps (in, out), Linear (out, in)
             if not name.startswith(("transformer.", "lm_head.")):
@@ -418,14 +420,15 @@ def pretrained_folder(name_or_path: str) -> Path:
         return Path(name_or_path)
     from huggingface_hub import snapshot_download
     repo = PRETRAINED.get(name_or_path, name_or_path)
-    try:
-        folder = Path(snapshot_download(repo, allow_patterns=["config.json", "model*.safetensors"]))
-        if not any(folder.glob("model*.safetensors")):
-            folder = Path(snapshot_download(repo, allow_patterns=["config.json",
-                                                                     "pytorch_model*.bin"]))
-    except (ValueError, OSError) as error:  # no such name; no such repository, or no network
-        raise ValueError(f"{name_or_path!r} is not a folder here, and {repo} did not come from the "
-                         f"Hugging Face hub ({str(error).splitlines()[0]})") from None
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        try:
+            folder = Path(snapshot_download(repo, allow_patterns=["config.json", weights]))
+        except Exception as error:  # no such name or repository, no network: each has its class
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{name_or_path!r} is not a folder here, and {repo} did not come from "
+                             f"the Hugging Face hub ({reason})") from None
+        if any(folder.glob(weights)):
+            break
     return folder
 
 
@@ -433,19 +436,22 @@ def read_pretrained(name_or_path: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """config.json as a dict, and every tensor of the weights, whole or in shards, by its name."""
     folder = pretrained_folder(name_or_path)
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files or not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not files or not path.is_file():
         raise ValueError(f"{folder} is no pretrained model: expected config.json, and "
                          f"model.safetensors or pytorch_model.bin, whole or in shards")
-    from safetensors.torch import load_file
     state = {}
-    for path in (folder / "config.json", *files):
-        try:
-            if path.suffix == ".json":
-                config = dict(json.loads(path.read_text(encoding="utf-8")))
-            elif path.suffix == ".safetensors":
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+        for path in files:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
                 state |= load_file(path)
             else:
                 state |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # each reader has its own; all mean a file that is not whole
-            raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # each reader has its own; all mean a file that is not whole
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"cannot read {path}: {reason}") from None
     return config, state

@@ -36,7 +36,7 @@ PEAK_TFLOPS = {
     "RTX 3090": (71, 71, 35.6),
     "V100": (None, 125, 15.7),
     "T4": (None, 65, 8.1),
-    "MI300X": (1307.4, 1307.4, 163.4),
+    "MI300X": (1307.4, 1307.4, 163.4),  # float32: plain
     "MI250X": (383, 383, 95.7),
 }
 DTYPES = ["bfloat16", "float16", "float32"]
@@ -44,6 +44,8 @@ DTYPES = ["bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True)
 class Runtime:
+    """What was settled: one process of a script, on one device."""
+
     device: torch.device
     dtype: str  # bfloat16 | float16 | float32
     compile: bool
@@ -99,7 +101,7 @@ class Runtime:
             return None
         name = torch.cuda.get_device_name(self.device)
         row = next((row for key, row in PEAK_TFLOPS.items()
-                    if re.search(rf"\b{key}\b(?! Laptop| D\b)", name)), None)
+                    if re.search(rf"\b{key}\b(?! Laptop| D\b| Ti\b)(?!.* MIG)", name)), None)
         tflops = row[DTYPES.index(self.dtype)] if row else None
         return tflops * 1e12 if tflops else None
 
@@ -116,6 +118,10 @@ def start(device: str | None, dtype: str | None, compile: bool | None,
     device = choose_device(device)
     if world_size > 1 and device.type == "cuda":
         device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    elif world_size > 1 and device.type == "mps":
+        device = torch.device("cpu")  # gloo has no tensors on MPS
+    elif device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)  # set_device wants its number
     dtype = choose_dtype(dtype, device)
     compile = device.type == "cuda" if compile is None else compile
     if device.type == "cuda":

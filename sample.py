@@ -23,7 +23,7 @@ stop: str | None = None  # end a sample at this token, such as "<|endoftext|>"
 seed = 1337
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
 dtype: str | None = None  # float32 | bfloat16 | float16; None: choose
-compile: bool | None = False  # torch.compile
+compile: bool | None = False  # torch.compile, worth its start for long texts; None: on a GPU
 
 configure(globals())
 check(globals(), "num_samples >= 1", "max_new_tokens >= 0", "temperature >= 0",
@@ -35,21 +35,17 @@ from pathlib import Path
 import torch
 
 import runtime
-from checkpoint import best_path, build_model, load, load_pretrained
-from data.bins import dataset_folder
-from data.tokenizer import get_tokenizer, load_meta
+from checkpoint import build_model, load, load_pretrained, meta_of, path_to_sample
+from data.tokenizer import get_tokenizer
 
 # ------------------------------------------------------------------------------- model, tokenizer
 
 rt = runtime.start(device, dtype, compile)
 with user_errors():
     if init_from == "resume":
-        contents = load(Path(out_dir) / checkpoint if checkpoint else best_path(out_dir))
+        contents = load(Path(out_dir) / checkpoint if checkpoint else path_to_sample(out_dir))
         model = build_model(contents, dropout=0.0)
-        if "meta" in contents:
-            meta = contents["meta"]
-        else:  # another trainer's checkpoint: its dataset has the vocabulary
-            meta = load_meta(dataset_folder(contents.get("config", {}).get("dataset", "")))
+        meta = meta_of(contents)
     else:
         model, meta = load_pretrained(init_from)
 model.eval().to(rt.device)

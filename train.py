@@ -26,7 +26,7 @@ wandb_project = "owt"
 wandb_run_name = "gpt2"
 tensorboard_log = False  # to out_dir/tensorboard
 # data
-dataset = "openwebtext"  # a folder under data/, or the path of one
+dataset = "openwebtext"  # a folder under data/, or the absolute path of one
 gradient_accumulation_steps = 5 * 8  # micro-batches in a step, over all processes
 batch_size = 12  # sequences in a micro-batch
 block_size = 1024  # tokens in a sequence
@@ -34,8 +34,8 @@ block_size = 1024  # tokens in a sequence
 n_layer = 12
 n_head = 12
 n_embd = 768
-dropout = 0.0  # 0 for pretraining; try 0.1 or more for fine-tuning and small data
-bias = False  # in Linear and LayerNorm; GPT-2 has it, without is slightly better and faster
+dropout = 0.0  # share of activations zeroed in training; raise it where the data are few
+bias = False  # whether Linear and LayerNorm add one, as GPT-2's do
 activation = "gelu_tanh"  # gelu_tanh | gelu | relu
 # AdamW
 learning_rate = 6e-4  # the highest
@@ -47,8 +47,8 @@ grad_clip = 1.0  # largest norm of the gradient; 0: any
 # learning rate schedule
 decay_lr = True  # warm up, then follow a cosine down to min_lr; False: learning_rate throughout
 warmup_iters = 2000
-lr_decay_iters = 600000  # where min_lr is reached; usually max_iters
-min_lr = 6e-5  # usually learning_rate / 10
+lr_decay_iters = 600000  # step from which the rate stays at min_lr
+min_lr = 6e-5  # the lowest
 # machine
 seed = 1337  # of initialisation, batches and dropout
 backend: str | None = None  # nccl | gloo, between processes; None: choose
@@ -98,7 +98,7 @@ if init_from in ("resume", "auto"):
     resumed = checkpoint.newest(out_dir)
     if resumed:
         config = checkpoint.restore_settings(config, given, resumed)
-        globals().update(config)
+        globals().update(config)  # from here on, the settings above are the checkpoint's
     elif init_from == "resume":
         raise UserError(f"nothing to resume: {out_dir} has neither {checkpoint.NEWEST} nor "
                         f"{checkpoint.BEST}; use --init_from=auto to start in that case")
@@ -111,6 +111,9 @@ rt = runtime.start(device, dtype, compile, backend)
 if gradient_accumulation_steps % rt.world_size:
     raise UserError(f"gradient_accumulation_steps = {gradient_accumulation_steps} does not divide "
                     f"among {rt.world_size} processes: choose a multiple of {rt.world_size}")
+steps_done = resumed["iter_num"] if resumed else -1
+if rt.sum(steps_done)[0] != rt.world_size * steps_done:
+    raise UserError(f"the processes do not see the same {out_dir}: share it between the machines")
 micro_steps = gradient_accumulation_steps // rt.world_size  # of this process
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
@@ -126,15 +129,16 @@ torch.manual_seed(seed)
 with user_errors():
     if resumed:
         model = checkpoint.build_model(resumed, dropout)
-        checkpoint.check_tokenizer(resumed.get("meta", meta), meta, resumed["path"], dataset)
+        checkpoint.check_tokenizer(checkpoint.meta_of(resumed), meta, resumed["path"], dataset)
     elif init_from in ("scratch", "auto"):
         model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)}))
     else:
         model, model_meta = checkpoint.load_pretrained(init_from, dropout)
         checkpoint.check_tokenizer(model_meta, meta, init_from, dataset)
+        checkpoint.check_shape(given, model.config, init_from)
         model.crop_block_size(block_size)
 model_args = asdict(model.config)
-config |= {name: model_args[name] for name in model_args if name in config}  # as it was loaded
+config |= {name: model_args[name] for name in model_args if name in config}  # what it really is
 vocab_size = model.config.vocab_size
 check_vocabulary(train_tokens, vocab_size)
 check_vocabulary(val_tokens, vocab_size)
@@ -147,7 +151,7 @@ scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
 iter_num, best_val_loss, history, seconds_before = 0, math.inf, [], 0.0
 saved_at = None  # the step that ckpt.pt holds
 if resumed:
-    saved_at = iter_num = resumed.get("iter_num", 0)
+    saved_at = iter_num = resumed["iter_num"]
     best_val_loss = float(resumed.get("best_val_loss", math.inf))
     history, seconds_before = resumed.get("history", []), resumed.get("seconds", 0.0)
     checkpoint.load_optimizer(optimizer, scaler, resumed)
@@ -165,8 +169,8 @@ def lr_at(i: int) -> float:
         return learning_rate * (i + 1) / (warmup_iters + 1)
     if i >= lr_decay_iters:
         return min_lr
-    done = (i - warmup_iters) / (lr_decay_iters - warmup_iters)  # of the decay, 0 to 1
-    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * done)) / 2
+    progress = (i - warmup_iters) / (lr_decay_iters - warmup_iters)  # of the decay, 0 to 1
+    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 # ------------------------------------------------------------------------------------ evaluation
@@ -184,8 +188,8 @@ def evaluate(tokens: np.ndarray, starts: np.ndarray) -> tuple[float, float]:
     model.eval()
     loss_sum = correct = count = 0.0
     for first in range(rt.rank * batch_size, len(starts), rt.world_size * batch_size):
-        block = starts[first:first + batch_size]
-        x, y = rt.to_device(*gather(tokens, block, block_size, vocab_size))
+        batch = starts[first:first + batch_size]
+        x, y = rt.to_device(*gather(tokens, batch, block_size, vocab_size))
         with rt.autocast():
             logits, loss = net(x, y)
         n = (y >= 0).sum().item()
@@ -228,7 +232,7 @@ while True:
     for group in optimizer.param_groups:
         group["lr"] = lr
 
-    # evaluate and save
+    # evaluate and save; a run that resumes after an evaluation does not repeat it
     stop = stop_signals.agreed()
     due = iter_num % eval_interval == 0 or iter_num == max_iters
     if eval_only or (due and not stop and iter_num not in [r["iter"] for r in history]):
@@ -240,6 +244,9 @@ while True:
         metrics.evaluation(record)
         if eval_only:
             break
+        if not math.isfinite(val_loss):
+            raise UserError(f"the validation loss after {iter_num} steps is {val_loss}: nothing "
+                            f"was saved of it, so resume with a smaller --learning_rate")
         history.append(record)
         if val_loss < best_val_loss:
             best_val_loss = val_loss
@@ -251,7 +258,8 @@ while True:
     if iter_num >= max_iters or stop:
         break
 
-    # gradients, one micro-batch after the other; this process takes every world_size-th
+    # gradients, one micro-batch after the other: all processes draw the same batch, and each takes
+    # every world_size-th part of it
     stopwatch.start()
     starts = random_starts(len(train_tokens), block_size, gradient_accumulation_steps * batch_size,
                            (TRAIN_BATCHES, seed, iter_num)).reshape(-1, batch_size)
@@ -263,7 +271,7 @@ while True:
         last = micro_step + rt.world_size >= gradient_accumulation_steps
         with ddp.no_sync() if ddp and not last else nullcontext():
             with rt.autocast():
-                _, loss = (ddp or net)(x, y)
+                loss = (ddp or net)(x, y)[1]  # a name for the logits would keep them in memory
             stopwatch.lap("forward_ms")
             scaler.scale(loss / micro_steps).backward()
             stopwatch.lap("backward_ms")

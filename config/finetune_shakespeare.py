@@ -17,8 +17,7 @@ dataset = "shakespeare"
 init_from = "gpt2-xl"
 always_save_checkpoint = False  # it overfits soon: best.pt is the one to keep
 
-# 1 sequence x 1024 tokens x 32 micro-batches = 32,768 tokens a step
-batch_size = 1
+batch_size = 1  # so that the largest model fits; 32 of them make a step
 gradient_accumulation_steps = 32
 max_iters = 20
 

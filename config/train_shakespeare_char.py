@@ -13,7 +13,7 @@ eval_iters = 200
 log_interval = 10
 always_save_checkpoint = False  # best.pt is the one to keep
 wandb_project = "shakespeare-char"
-wandb_run_name = "mini-gpt"
+wandb_run_name = "6x384"
 
 dataset = "shakespeare_char"
 gradient_accumulation_steps = 1

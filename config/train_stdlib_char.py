@@ -29,4 +29,5 @@ min_lr = 3e-4
 beta2 = 0.99  # few tokens a step: average over more steps
 warmup_iters = 100
 
+device = "cpu"
 dtype = "float32"  # autocast costs a model this narrow more than bfloat16 saves

@@ -70,7 +70,10 @@ def test_a_missing_token_file_says_how_to_prepare_it(tmp_path):
     with pytest.raises(UserError) as caught:
         open_bin(tmp_path / "train.bin", 8)
     assert f"no {tmp_path}/train.bin" in str(caught.value)
-    assert f"python {tmp_path}/prepare.py" in str(caught.value)
+    assert "prepare.py" not in str(caught.value)  # there is none to run
+    (tmp_path / "prepare.py").touch()
+    with pytest.raises(UserError, match=f"python {tmp_path}/prepare.py"):
+        open_bin(tmp_path / "train.bin", 8)
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 16, 17, 19])

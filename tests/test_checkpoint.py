@@ -171,6 +171,7 @@ def test_weights_come_with_their_own_dropout_or_another(path, contents):
 
 
 def test_a_folder_gives_its_best_checkpoint(tmp_path, contents):
+    contents["meta"] = None
     checkpoint.save(tmp_path / "ckpt.pt", contents)
     best = {name: tensor + 1 for name, tensor in contents["model"].items()}
     checkpoint.save(tmp_path / "best.pt", contents | {"model": best})
@@ -256,6 +257,40 @@ def test_a_minimal_checkpoint_samples_with_the_vocabulary_of_its_dataset(foreign
     texts = done.stdout.split("process\n")[1].split("\n---------------\n")
     assert [len(text) for text in texts] == [13, 13, 0]
     assert all(text.startswith("to be") for text in texts[:2])
+
+
+def test_a_minimal_checkpoint_given_by_its_path_has_the_vocabulary_of_its_dataset(foreign):
+    _, meta = checkpoint.load_pretrained(str(foreign / "ckpt.pt"))
+    assert len(meta["stoi"]) == 14
+
+
+def test_a_small_vocabulary_that_nobody_names_is_not_taken_for_gpt2s(path, contents):
+    checkpoint.save(path, contents | {"config": {"dataset": "nowhere"}})
+    with pytest.raises(UserError, match="'nowhere' is not here: prepare that first"):
+        checkpoint.load_pretrained(str(path))
+
+
+def test_an_optimizer_state_in_another_order_is_a_user_error(path, contents):
+    gpt = checkpoint.build_model({"path": path, **contents})
+    optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95))
+    for p in gpt.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    first, second = saved["state"][0], saved["state"][1]
+    assert first["exp_avg"].shape != second["exp_avg"].shape
+    saved["state"] |= {0: second, 1: first}
+    with pytest.raises(UserError, match="another order"):
+        checkpoint.load_optimizer(optimizer, None, {"path": path, "optimizer": saved})
+
+
+def test_each_fresh_start_keeps_all_that_was_before(tmp_path, contents):
+    for steps in (1, 2, 3):
+        checkpoint.prepare_out_dir(str(tmp_path), fresh=True)
+        checkpoint.save(tmp_path / "ckpt.pt", contents | {"iter_num": steps})
+    kept = [checkpoint.load(tmp_path / name / "ckpt.pt")["iter_num"]
+            for name in ("previous-1", "previous-2", ".")]
+    assert kept == [1, 2, 3]
 
 
 def test_a_minimal_checkpoint_resumes_with_its_optimizer(foreign, tmp_path):

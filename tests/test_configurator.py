@@ -3,7 +3,9 @@
 import contextlib
 import io
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
@@ -533,3 +535,33 @@ def test_a_config_in_the_current_folder_goes_before_one_beside_the_script(tmp_pa
     done = run(ROOT / "train.py", "config/finetune_shakespeare.py", "--log_interval=0",
                cwd=tmp_path)
     assert "settings: dataset='mine' log_interval=0\n" in done.stdout
+
+
+# --------------------------------------------------------------------------- the end of a script
+
+def write_script(tmp_path: Path, *lines: str) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text("\n".join(["import sys", f"sys.path.insert(0, {str(ROOT)!r})",
+                               "from configurator import configure", "configure(globals())",
+                               *lines]))
+    return path
+
+
+def test_a_missing_package_is_named_with_how_to_get_it(tmp_path):
+    done = run(write_script(tmp_path, "import no_such_package"))
+    assert done.returncode == 2
+    assert done.stderr == ("error: this needs the package no_such_package: "
+                           "pip install -r requirements.txt\n")
+
+
+def test_a_bug_keeps_its_traceback(tmp_path):
+    done = run(write_script(tmp_path, "1 / 0"))
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    path = write_script(tmp_path, "for i in range(100000): print(i)")
+    done = subprocess.run(f"{sys.executable} {path} | head -1", shell=True, text=True,
+                          capture_output=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")

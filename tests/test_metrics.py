@@ -68,6 +68,18 @@ def test_time_between_steps_does_not_count(clock):
     assert stopwatch.read() == {"forward_ms": 1000.0}
 
 
+def test_on_mps_every_phase_ends_when_its_work_is_done(clock):
+    device = SimpleNamespace(device=torch.device("mps"), synchronize=lambda: work())
+
+    def work() -> None:
+        clock.now += 2  # what the device had still to do
+
+    stopwatch = Stopwatch(device)
+    stopwatch.start()
+    stopwatch.lap("forward_ms")
+    assert stopwatch.read() == {"forward_ms": 2000.0}
+
+
 def test_reading_starts_over(clock):
     stopwatch = Stopwatch(CPU)
     for duration in (1.0, 5.0):

@@ -35,7 +35,8 @@ OPENWEBTEXT = "data/openwebtext/prepare.py"
 def repo(tmp_path):
     """A copy of what the prepare scripts need, for they write beside themselves."""
     folder = tmp_path / "repo"
-    for path in ("configurator.py", "data/__init__.py", "data/bins.py", "data/tokenizer.py",
+    for path in ("configurator.py", "data/__init__.py", "data/bins.py", "data/documents.py",
+                 "data/tokenizer.py",
                  *glob.glob("data/*/prepare.py", root_dir=ROOT)):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, folder / path)
@@ -460,7 +461,8 @@ def test_where_main_does_not_answer_the_converted_parquet_does(prepare, tmp_path
         return load("parquet", data_files=str(path), cache_dir=tmp_path / "cache", **arguments)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(prepare.hub_documents()) == documents
+    rows = prepare.hub_dataset("Skylion007/openwebtext")
+    assert list(prepare.hub_documents(rows)) == documents
     assert tried == [("Skylion007/openwebtext", "main"),
                      ("Skylion007/openwebtext", "refs/convert/parquet")]
 
@@ -475,7 +477,7 @@ def test_whatever_ails_the_hub_is_told_in_one_line(prepare, monkeypatch, error):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError) as caught:
-        list(prepare.hub_documents())
+        prepare.hub_dataset("Skylion007/openwebtext")
     name = type(error).__name__
     assert re.search(rf"main \({name}.*refs/convert/parquet \({name}", str(caught.value))
     assert "\n" not in str(caught.value)
@@ -487,7 +489,7 @@ def test_a_hub_that_stops_answering_is_told_in_a_sentence(prepare, error):
         yield {"text": "one"}
         raise error
 
-    documents = prepare.texts_of(rows())
+    documents = prepare.hub_documents(rows())
     assert next(documents) == "one"
     with pytest.raises(UserError, match="stopped answering"):
         next(documents)

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 
+import runtime
 from configurator import UserError
 from runtime import Runtime, StopSignals, choose_device, choose_dtype, seed_torch
 
@@ -83,6 +84,16 @@ def test_float16_on_a_cpu_and_unknown_precisions_are_refused(machine):
         choose_dtype("bfloat", CPU)
 
 
+def test_a_gpu_is_set_by_its_number(machine, monkeypatch):
+    # torch.cuda.set_device refuses a device without one, before it asks the driver.
+    machine(cuda=1, bf16=True)
+    chosen = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    assert runtime.start(None, None, None).device == torch.device("cuda", 0)
+    assert chosen == [0]
+
+
 # --------------------------------------------------------------------------------------- peaks
 
 @pytest.mark.parametrize("name, dtype, tflops", [  # dense, from the makers' data sheets
@@ -100,6 +111,8 @@ def test_float16_on_a_cpu_and_unknown_precisions_are_refused(machine):
     ("Tesla T4", "float16", 65),
     ("AMD Instinct MI300X", "bfloat16", 1307.4),
     ("NVIDIA GeForce GTX 1080", "float16", None),
+    ("NVIDIA GeForce RTX 3090 Ti", "bfloat16", None),
+    ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", "bfloat16", None),
     ("NVIDIA L40", "bfloat16", None),
     ("NVIDIA T400 4GB", "float16", None),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),

@@ -351,7 +351,7 @@ def test_best_holds_the_lowest_validation_loss(fine_tuned):
 
 def test_a_fresh_run_moves_the_earlier_one_to_previous(second, whole):
     for name in ("ckpt.pt", "best.pt", "metrics.jsonl"):
-        assert (second / "previous" / name).read_bytes() == (whole / name).read_bytes()
+        assert (second / "previous-1" / name).read_bytes() == (whole / name).read_bytes()
     assert [record["iter"] for record in records(second)] == [0, 0, 1]
     assert load(second / "ckpt.pt")["iter_num"] == 1
 
@@ -503,7 +503,7 @@ def test_a_compiled_run_computes_the_same_and_saves_plain_names(four_by_two, tex
 
 # What is wrong: the arguments after those of a good run, and what the error must name.
 REFUSALS = {
-    "no such dataset": ("--dataset={tmp}/nowhere", ["nowhere", "prepare.py"]),
+    "no such dataset": ("--dataset={tmp}/nowhere", ["nowhere", "prepare the dataset"]),
     "ids beyond the vocabulary": ("--dataset={beyond}", ["val.bin", "200", "14"]),
     "data shorter than a block": ("--dataset={short}", ["val.bin", "block_size", "16"]),
     "warm-up without end": ("--warmup_iters=8", ["warmup_iters = 8", "lr_decay_iters = 8"]),
@@ -513,6 +513,8 @@ REFUSALS = {
     "float16 on a CPU": ("--dtype=float16", ["float16", "bfloat16", "float32"]),
     "another tokenizer": ("--init_from=resume --dataset={other}", ["14 characters", "other"]),
     "another shape": ("--init_from=resume --n_layer=3", ["n_layer = 3", "2", "ckpt.pt"]),
+    "another shape than the weights": ("--init_from={out_dir}/ckpt.pt --activation=relu",
+                                       ["activation = 'relu'", "gelu_tanh", "ckpt.pt"]),
     "nothing to resume": ("--init_from=resume --out_dir={tmp}/nothing",
                           ["nothing", "ckpt.pt", "--init_from=auto"]),
 }
@@ -535,7 +537,8 @@ def refusals(whole, text_dataset, tmp_path_factory) -> dict:
         out_dir = tmp / case.replace(" ", "_")
         shutil.copytree(whole, out_dir)
         before = contents(out_dir)
-        args = REFUSALS[case][0].format(tmp=tmp, beyond=beyond, short=short, other=other)
+        args = REFUSALS[case][0].format(tmp=tmp, beyond=beyond, short=short, other=other,
+                                        out_dir=out_dir)
         done = run(ROOT / "train.py", *TINY, f"--dataset={text_dataset}", f"--out_dir={out_dir}",
                    *args.split())
         return done, before, contents(out_dir)
@@ -557,6 +560,15 @@ def test_a_users_mistake_is_answered_in_one_line_and_touches_nothing(case, refus
     for word in REFUSALS[case][1]:
         assert word in done.stderr
     assert after == before
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing_of_it(text_dataset, tmp_path):
+    done = run(ROOT / "train.py", *TINY, f"--dataset={text_dataset}", f"--out_dir={tmp_path}",
+               "--learning_rate=1e30", "--grad_clip=0", "--decay_lr=False")
+    assert done.returncode == 2
+    assert "error: the validation loss after 4 steps is nan" in done.stderr
+    assert not list(tmp_path.glob("*.pt"))
+    assert evaluations(tmp_path)[-1]["val_loss"] is None  # metrics.jsonl is JSON, without NaN
 
 
 def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left(text_dataset, tmp_path):

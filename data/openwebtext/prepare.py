@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -33,7 +33,8 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import UserError, check, choose, configure
 from data.bins import written_whole
-from data.tokenizer import END_OF_TEXT, GPT2Tokenizer
+from data.documents import ENDINGS, Document, hub_dataset, hub_documents, local_documents, measure
+from data.tokenizer import GPT2Tokenizer
 
 input: str | None = None  # a .parquet, .jsonl or .txt file, or a glob of them; None: the hub
 out_dir: str | None = None  # where train.bin and val.bin go; None: the folder of this file
@@ -45,80 +46,6 @@ REPOSITORY = "Skylion007/openwebtext"
 REPOSITORY_DOCUMENTS = 8_013_769
 REPOSITORY_TOKENS = 9_040_017_095
 BATCH_BYTES = 2**20  # text per task: long enough to hide its cost, short enough to stay flat
-
-Document = str | bytes  # its text, or the line of JSON that holds it
-
-# ----------------------------------------------------------------------------------- the documents
-
-def hub_documents() -> Iterator[Document]:
-    """Stream OpenWebText in the forms that need no dataset script, the first that answers."""
-    from datasets import load_dataset
-    tried = []
-    for revision in ("main", "refs/convert/parquet"):
-        try:
-            rows = load_dataset(REPOSITORY, revision=revision, split="train", streaming=True)
-            return texts_of(rows)
-        except Exception as error:  # whatever ails one form, the other may answer
-            tried.append(f"{revision} ({type(error).__name__}: {first_line(error)})")
-    raise UserError(f"{REPOSITORY} did not come from the Hugging Face hub; tried "
-                    f"{' and '.join(tried)}; with the files at hand, give them with --input=")
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def texts_of(rows: Iterable[dict]) -> Iterator[Document]:
-    """The documents of a streamed dataset, which itself tries again when the network falters."""
-    try:
-        for row in rows:
-            yield row["text"]
-    except Exception as error:  # OSError, and the errors of the HTTP client, which are none
-        raise UserError(f"the Hugging Face hub stopped answering ({first_line(error)}): "
-                        f"nothing was written, run this again") from None
-
-
-def local_documents(path: Path) -> Iterator[Document]:
-    """Stream the documents of one file."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-        try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
-                for text in batch.column("text").to_pylist():
-                    # A row without text goes on as bytes that are no JSON, and is refused.
-                    yield text if isinstance(text, str) else repr(text).encode()
-        except KeyError:
-            raise UserError(f"{path} has no column `text`") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {first_line(error)}") from None
-    elif path.suffix == ".jsonl":
-        with open(path, "rb") as file:
-            yield from (line for line in file if not line.isspace())
-    else:
-        with open(path, encoding="utf-8", newline="") as file:
-            yield from filter(str.strip, split_at_end_of_text(file))
-
-
-def split_at_end_of_text(lines: Iterable[str]) -> Iterator[str]:
-    pieces = []
-    for line in lines:
-        *ends, rest = line.split(END_OF_TEXT)
-        for end in ends:
-            yield "".join([*pieces, end])
-            pieces = []
-        pieces.append(rest)
-    yield "".join(pieces)
-
-
-def measure(path: Path) -> tuple[int, int]:
-    """Number of documents in a file, and about how many bytes of text."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-        meta = pyarrow.parquet.ParquetFile(path).metadata
-        return meta.num_rows, sum(meta.row_group(i).total_byte_size
-                                  for i in range(meta.num_row_groups))
-    return sum(1 for _ in local_documents(path)), path.stat().st_size
-
 
 # ------------------------------------------------------------------------------------ the encoding
 
@@ -185,17 +112,20 @@ if __name__ == "__main__":
         if not paths:
             raise UserError(f"no file matches --input={input}")
         for path in paths:
-            choose(f"the ending of {path}", path.suffix, [".parquet", ".jsonl", ".txt"])
-        try:
-            counts, sizes = zip(*map(measure, paths), strict=True)
-        except (OSError, ValueError) as error:  # unreadable; not UTF-8, not parquet
-            raise UserError(f"cannot read --input={input}: {error}") from None
+            choose(f"the ending of {path}", path.suffix, ENDINGS)
+        counts, sizes = zip(*map(measure, paths), strict=True)
         n_documents, n_bytes = sum(counts), sum(sizes)
         disk_bytes = n_bytes // 2  # English takes just under half; code and other languages more
         documents = (document for path in paths for document in local_documents(path))
     else:
-        documents = hub_documents()
-        n_documents, n_bytes, disk_bytes = REPOSITORY_DOCUMENTS, None, 2 * REPOSITORY_TOKENS
+        rows = hub_dataset(REPOSITORY)
+        split = (rows.info.splits or {}).get("train")
+        n_documents = split.num_examples if split else REPOSITORY_DOCUMENTS
+        if n_documents < REPOSITORY_DOCUMENTS:
+            raise UserError(f"the hub offers {n_documents:,} of {REPOSITORY_DOCUMENTS:,} documents "
+                            f"of {REPOSITORY}: fetch it whole and give the files with --input=")
+        n_bytes, disk_bytes = split and split.num_bytes, 2 * REPOSITORY_TOKENS
+        documents = hub_documents(rows)
     held_out = choose_held_out(n_documents, val_fraction, seed)
 
     try:
@@ -216,7 +146,7 @@ if __name__ == "__main__":
     pending, seen = deque(), 0
     try:
         with (written_whole(folder / "val.bin") as val_file,
-              written_whole(folder / "train.bin") as train_file, pool):
+              written_whole(folder / "train.bin") as train_file):
             def write_oldest() -> None:
                 for file, ids in zip((train_file, val_file), pending.popleft().result(),
                                      strict=True):
