@@ -16,6 +16,11 @@ sys.path.insert(0, str(ROOT))
 from data.bins import write_text_dataset  # noqa: E402
 from data.tokenizer import CharTokenizer  # noqa: E402
 
+# Warnings that our modules must not draw when the scripts run.
+WARNINGS = ["DeprecationWarning", "FutureWarning"]
+OURS = ["__main__", "model", "runtime", "checkpoint", "metrics", "configurator", "data.bins",
+        "data.tokenizer", "data.documents"]
+
 # What makes a run of train.py short: a model of 6,000 parameters on a few characters.
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
         "--gradient_accumulation_steps=2", "--max_iters=8", "--eval_interval=4", "--eval_iters=2",
@@ -32,7 +37,9 @@ def offline(tmp_path_factory):
         url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
         (cache / hashlib.sha1(url.encode()).hexdigest()).write_bytes((files / name).read_bytes())
     os.environ |= {"TIKTOKEN_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1",
-                   "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+                   "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1",
+                   "PYTHONWARNINGS": ",".join(f"error::{kind}:{module}" for kind in WARNINGS
+                                              for module in OURS)}
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +55,7 @@ def text_dataset(tmp_path_factory) -> Path:
 
 
 def run(*args: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """Run `python args` as a user does; a DeprecationWarning in our own scripts is an error."""
+    """Run `python args` as a user does; a deprecation that our modules meet is an error."""
     return subprocess.run(
         [sys.executable, *map(str, args)], cwd=cwd, text=True, capture_output=True, timeout=120,
         stdin=subprocess.DEVNULL, env=os.environ | environment)
