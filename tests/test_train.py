@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from data.bins import write_text_dataset
 from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
 
+COMPILER = shutil.which("g++") or shutil.which("clang++")
 STEP_KEYS = {"iter", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "data_ms", "forward_ms",
              "backward_ms", "optimizer_ms", "seconds"}
 EVALUATION_KEYS = {"iter", "train_loss", "val_loss", "val_perplexity", "val_accuracy", "seconds"}
@@ -77,6 +78,22 @@ def loss_and_accuracy(logits_of: Callable, tokens: np.ndarray) -> tuple[float, f
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(out, text_dataset) -> Iterator[subprocess.Popen | None]:
+    """A run with torch.compile, which takes half a minute: it goes on beside the other tests."""
+    if not COMPILER:
+        yield None
+        return
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *TINY, f"--dataset={text_dataset}",
+         f"--out_dir={out / 'compiled'}", "--compile=True", "--max_iters=1"], text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"})
+    yield process
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -489,13 +506,12 @@ def test_a_character_model_trains_and_samples_with_torch_and_numpy_alone(second,
     assert "to be" in done.stdout
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-def test_a_compiled_run_computes_the_same_and_saves_plain_names(four_by_two, text_dataset,
-                                                                tmp_path):
-    train(f"--dataset={text_dataset}", f"--out_dir={tmp_path}", "--compile=True", "--max_iters=1",
-          TORCHINDUCTOR_COMPILE_THREADS="1")
-    assert losses(tmp_path)[0] == pytest.approx(losses(four_by_two)[0], rel=1e-5)
-    assert load(tmp_path / "ckpt.pt")["model"].keys() == load(
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
+def test_a_compiled_run_computes_the_same_and_saves_plain_names(four_by_two, compiled, out):
+    _, error = compiled.communicate()
+    assert compiled.returncode == 0, error
+    assert losses(out / "compiled")[0] == pytest.approx(losses(four_by_two)[0], rel=1e-5)
+    assert load(out / "compiled" / "ckpt.pt")["model"].keys() == load(
         four_by_two / "ckpt.pt")["model"].keys()
 
 
