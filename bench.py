@@ -24,13 +24,13 @@ new_tokens = 64  # tokens to sample
 seed = 1337
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
 dtype: str | None = None  # float32 | bfloat16 | float16; None: choose
-compile: bool | None = None  # torch.compile; None: on a GPU
+compile: bool | None = None  # torch.compile; None: on CUDA
 profile = False  # write a torch.profiler trace of two steps to bench_trace/
 
 configure(globals())
 check(globals(), "batch_size is None or batch_size >= 1", "block_size >= 1", "n_layer >= 1",
       "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1", "steps is None or steps >= 1",
-      "new_tokens >= 1", "seed >= 0")
+      "new_tokens >= 1", "0 <= seed < 2**64")
 
 import time
 from dataclasses import fields

@@ -45,6 +45,8 @@ def load(path: Path, mmap: bool = False) -> dict:
     missing = {"model", "model_args"} - (contents.keys() if isinstance(contents, dict) else set())
     if missing:
         raise UserError(f"{path} is no checkpoint: it lacks {', '.join(sorted(missing))}")
+    if not all(isinstance(contents[name], dict) for name in ("model", "model_args")):
+        raise UserError(f"{path} is no checkpoint: its model or model_args is no dict")
     if contents.get("meta"):
         check_meta(contents["meta"], path)
     return {"iter_num": 0, **contents, "path": path}
@@ -135,6 +137,10 @@ def restore_settings(config: dict, given: dict, contents: dict) -> dict:
         raise UserError(f"block_size = {given['block_size']}, but the run in {contents['path']} "
                         f"has {shape['block_size']}: leave it out to resume, or start anew from "
                         f"its weights with --init_from={contents['path']}")
+    restored = [f"{name}={value!r}" for name, value in saved.items()
+                if name not in given and value != config[name]]
+    if restored:
+        announce("from the checkpoint:", *restored)
     changes = [f"{name} {saved[name]!r} -> {value!r}" for name, value in given.items()
                if name in saved and value != saved[name]]
     if changes:
@@ -185,7 +191,8 @@ def prepare_out_dir(out_dir: str, fresh: bool) -> None:
     folder = Path(out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        old = [path for name in (NEWEST, BEST, "metrics.jsonl") if (path := folder / name).exists()]
+        names = (NEWEST, BEST, "metrics.jsonl", "tensorboard")
+        old = [path for name in names if (path := folder / name).exists()]
         if fresh and old:
             n = 1
             while (previous := folder / f"previous-{n}").exists():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from configurator import UserError
 from data.bins import written_whole
 from runtime import Runtime
 
@@ -89,8 +90,12 @@ class Metrics:
                     self._to_tensorboard(record)
         if config["wandb_log"]:
             import wandb
-            self.wandb = wandb.init(project=config["wandb_project"], config=config,
-                                    name=config["wandb_run_name"], dir=out_dir)
+            try:
+                self.wandb = wandb.init(project=config["wandb_project"], config=config,
+                                        name=config["wandb_run_name"], dir=out_dir)
+            except wandb.Error as error:
+                raise UserError(f"Weights & Biases did not start ({str(error).splitlines()[0]}): "
+                                f"run `wandb login`, or set WANDB_MODE=offline") from None
 
     def step(self, record: dict) -> None:
         """Log an iteration."""

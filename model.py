@@ -258,10 +258,10 @@ class GPT(nn.Module):
                 held, unread = 0, end - max(1, block_size // 2)
             logits, _ = self(tokens[:, unread:end], past=past, start=held)
             held, unread = held + end - unread, end
-            logits = logits[:, -1, :n_vocab].float()  # (B, n_vocab)
+            logits = logits[:, -1].float()  # (B, V)
             if repetition_penalty != 1:
                 logits = penalize_repeats(logits, tokens[:, :end], repetition_penalty)
-            token = draw(logits, temperature, top_k, top_p)  # (B,)
+            token = draw(logits[:, :n_vocab], temperature, top_k, top_p)  # (B,)
             if stop is not None:
                 token = token.masked_fill(stopped, stop)
                 stopped |= token == stop
@@ -398,7 +398,7 @@ def penalize_repeats(logits: torch.Tensor, tokens: torch.Tensor, penalty: float)
 def draw(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None,
          ) -> torch.Tensor:
     """Draw one id per row, (B,) int64, from logits (B, V); settings as in `GPT.stream`."""
-    if temperature == 0:
+    if temperature < 1e-6:  # 0, or so close to it that float32 would not hold the quotients
         return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is None and top_p is None:

@@ -37,7 +37,7 @@ PEAK_TFLOPS = {
     "V100": (None, 125, 15.7),
     "T4": (None, 65, 8.1),
     "MI300X": (1307.4, 1307.4, 163.4),  # float32: plain
-    "MI250X": (383, 383, 95.7),
+    "MI250X": (191.5, 191.5, 47.9),  # one of its two dies, each of which is a device to torch
 }
 DTYPES = ["bfloat16", "float16", "float32"]
 
@@ -115,6 +115,8 @@ def start(device: str | None, dtype: str | None, compile: bool | None,
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if backend is not None:
+        choose("backend", backend, ["nccl", "gloo"])
     device = choose_device(device)
     if world_size > 1 and device.type == "cuda":
         device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -128,8 +130,7 @@ def start(device: str | None, dtype: str | None, compile: bool | None,
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     if world_size > 1:
-        backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-        dist.init_process_group(choose("backend", backend, ["nccl", "gloo"]))
+        dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"))
     runtime = Runtime(device, dtype, compile, rank, world_size)
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     peak = runtime.peak_flops()

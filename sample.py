@@ -23,12 +23,12 @@ stop: str | None = None  # end a sample at this token, such as "<|endoftext|>"
 seed = 1337
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
 dtype: str | None = None  # float32 | bfloat16 | float16; None: choose
-compile: bool | None = False  # torch.compile, worth its start for long texts; None: on a GPU
+compile: bool | None = False  # torch.compile, worth its start for long texts; None: on CUDA
 
 configure(globals())
 check(globals(), "num_samples >= 1", "max_new_tokens >= 0", "temperature >= 0",
       "top_k is None or top_k >= 1", "top_p is None or 0 < top_p <= 1", "repetition_penalty > 0",
-      "start != ''", "seed >= 0")
+      "start != ''", "0 <= seed < 2**64")
 
 from pathlib import Path
 

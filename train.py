@@ -53,8 +53,8 @@ min_lr = 6e-5  # the lowest
 seed = 1337  # of initialisation, batches and dropout
 backend: str | None = None  # nccl | gloo, between processes; None: choose
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
-dtype: str | None = None  # float32 | bfloat16 | float16; None: bfloat16 where the hardware has it
-compile: bool | None = None  # torch.compile; None: on a GPU
+dtype: str | None = None  # float32 | bfloat16 | float16; None: bfloat16 if CUDA or the CPU has it
+compile: bool | None = None  # torch.compile; None: on CUDA
 
 config, given = configure(globals())
 start_time = time.time()
@@ -62,7 +62,7 @@ check(globals(), "eval_interval >= 1", "log_interval >= 1", "eval_iters >= 0",
       "gradient_accumulation_steps >= 1", "batch_size >= 1", "block_size >= 1", "n_layer >= 1",
       "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1", "learning_rate > 0", "max_iters >= 0",
       "weight_decay >= 0", "0 <= beta1 < 1", "0 <= beta2 < 1", "grad_clip >= 0",
-      "warmup_iters >= 0", "lr_decay_iters >= 1", "min_lr >= 0", "seed >= 0")
+      "warmup_iters >= 0", "lr_decay_iters >= 1", "min_lr >= 0", "0 <= seed < 2**64")
 
 import math
 import sys
@@ -151,7 +151,8 @@ scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
 iter_num, best_val_loss, history, seconds_before = 0, math.inf, [], 0.0
 saved_at = None  # the step that ckpt.pt holds
 if resumed:
-    saved_at = iter_num = resumed["iter_num"]
+    iter_num = resumed["iter_num"]
+    saved_at = iter_num if resumed["path"].name == checkpoint.NEWEST else None
     best_val_loss = float(resumed.get("best_val_loss", math.inf))
     history, seconds_before = resumed.get("history", []), resumed.get("seconds", 0.0)
     checkpoint.load_optimizer(optimizer, scaler, resumed)
@@ -221,7 +222,7 @@ def save(name: str) -> None:
 announce(f"{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
          f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate")
 if rt.is_main and not eval_only:
-    checkpoint.prepare_out_dir(out_dir, fresh=saved_at is None)
+    checkpoint.prepare_out_dir(out_dir, fresh=resumed is None)
 metrics = Metrics(rt, None if eval_only else out_dir, config, iter_num, history)
 stopwatch = Stopwatch(rt)
 stop_signals = runtime.StopSignals(rt)
@@ -300,6 +301,9 @@ while True:
 # -------------------------------------------------------------------------------------------- end
 
 if not eval_only and saved_at != iter_num:
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"the weights after {iter_num} steps are not finite: nothing was saved of "
+                        f"them, so resume with a smaller --learning_rate")
     save(checkpoint.NEWEST)
 metrics.close()
 rt.close()

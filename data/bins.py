@@ -95,6 +95,9 @@ def write_text_dataset(folder: Path, text: str, tokenizer: Tokenizer, meta: dict
                        ) -> None:
     """Write the first 90 % of a text's characters as train.bin, the rest as val.bin, and `meta`,
     a character vocabulary, as meta.pkl."""
+    if tokenizer.n_vocab > 2**16:
+        raise UserError(f"the text has {tokenizer.n_vocab:,} distinct characters, but token files "
+                        f"hold ids below 65,536: use GPT-2's BPE, as data/shakespeare does")
     cut = int(0.9 * len(text))
     print(f"{len(text):,} characters, {len(set(text))} distinct")
     for name, part in (("train", text[:cut]), ("val", text[cut:])):

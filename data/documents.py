@@ -58,7 +58,10 @@ def measure(path: Path) -> tuple[int, int]:
         meta = pyarrow.parquet.ParquetFile(path).metadata
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
-    return meta.num_rows, sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+    groups = (meta.row_group(i) for i in range(meta.num_row_groups))
+    columns = (group.column(j) for group in groups for j in range(group.num_columns))
+    return meta.num_rows, sum(column.total_uncompressed_size for column in columns
+                              if column.path_in_schema == "text")
 
 
 def hub_dataset(repository: str) -> Iterable[dict]:

@@ -66,6 +66,13 @@ def test_a_token_file_is_mapped_read_only(tmp_path):
         tokens[0] = 1
 
 
+def test_a_text_of_more_characters_than_ids_is_refused_before_anything_is_written(tmp_path):
+    text = "".join(map(chr, range(0x10000, 0x10000 + 70_000)))
+    with pytest.raises(UserError, match="70,000 distinct characters"):
+        write_text_dataset(tmp_path, text, CharTokenizer(CharTokenizer.meta_of(text)))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_token_file_says_how_to_prepare_it(tmp_path):
     with pytest.raises(UserError) as caught:
         open_bin(tmp_path / "train.bin", 8)

@@ -284,6 +284,13 @@ def test_an_optimizer_state_in_another_order_is_a_user_error(path, contents):
         checkpoint.load_optimizer(optimizer, None, {"path": path, "optimizer": saved})
 
 
+@pytest.mark.parametrize("name", ["model", "model_args"])
+def test_parts_of_another_type_are_a_user_error(path, contents, name):
+    checkpoint.save(path, contents | {name: 5})
+    with pytest.raises(UserError, match="is no checkpoint"):
+        checkpoint.load(path)
+
+
 def test_each_fresh_start_keeps_all_that_was_before(tmp_path, contents):
     for steps in (1, 2, 3):
         checkpoint.prepare_out_dir(str(tmp_path), fresh=True)

@@ -293,6 +293,16 @@ def test_ids_beyond_the_tokenizers_are_never_drawn(gpt, idx):
         assert tokens[:, 1:].max() < 7
 
 
+def test_prompts_may_hold_ids_that_are_never_drawn(gpt, idx):
+    tokens = gpt.generate(idx, 5, n_vocab=7, repetition_penalty=1.5)
+    assert idx.max() >= 7 > tokens[:, 32:].max()
+
+
+def test_a_temperature_next_to_0_takes_the_likeliest_token(gpt, idx):
+    assert torch.equal(gpt.generate(idx, 5, temperature=1e-50),
+                       gpt.generate(idx, 5, temperature=0))
+
+
 def test_a_stopped_row_repeats_the_stop_token_while_others_go_on(gpt, idx):
     def sample(stop: int | None) -> list[list[int]]:
         torch.manual_seed(6)

@@ -493,3 +493,13 @@ def test_a_hub_that_stops_answering_is_told_in_a_sentence(prepare, error):
     assert next(documents) == "one"
     with pytest.raises(UserError, match="stopped answering"):
         next(documents)
+
+
+def test_the_size_of_parquet_is_that_of_its_text(prepare, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    table = {"text": ["one two"] * 100, "other": [str(i) * 1000 for i in range(100)]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    n_documents, n_bytes = prepare.measure(tmp_path / "a.parquet")
+    assert n_documents == 100
+    assert n_bytes < 2000

@@ -110,6 +110,7 @@ def test_a_gpu_is_set_by_its_number(machine, monkeypatch):
     ("Tesla V100-SXM2-16GB", "bfloat16", None),
     ("Tesla T4", "float16", 65),
     ("AMD Instinct MI300X", "bfloat16", 1307.4),
+    ("AMD Instinct MI250X", "bfloat16", 191.5),  # a die, of two
     ("NVIDIA GeForce GTX 1080", "float16", None),
     ("NVIDIA GeForce RTX 3090 Ti", "bfloat16", None),
     ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", "bfloat16", None),

@@ -587,6 +587,28 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(text_dataset, tmp_pat
     assert evaluations(tmp_path)[-1]["val_loss"] is None  # metrics.jsonl is JSON, without NaN
 
 
+def test_stopping_a_run_that_has_diverged_keeps_the_last_good_checkpoint(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", f"--out_dir={tmp_path}", "--init_from=resume",
+         "--max_iters=1000000", "--eval_interval=1000000", "--learning_rate=1e38",
+         "--decay_lr=False"], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if "loss nan" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, error = process.communicate()
+    assert process.returncode == 2
+    assert "not finite: nothing was saved" in error
+    assert (tmp_path / "ckpt.pt").read_bytes() == (whole / "ckpt.pt").read_bytes()
+
+
+def test_restored_settings_are_printed(resumption):
+    _, printed = resumption
+    line = next(line for line in printed.splitlines() if line.startswith("from the checkpoint:"))
+    assert "n_layer=2" in line and "max_iters" not in line
+
+
 def test_on_a_terminal_a_bar_shows_loss_speed_and_time_left(text_dataset, tmp_path):
     terminal, its_end = os.openpty()
     subprocess.run([sys.executable, ROOT / "train.py", *TINY, f"--dataset={text_dataset}",

@@ -132,6 +132,8 @@ if __name__ == "__main__":
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+    for name in ("train", "val"):  # of a run that was killed
+        (folder / f"{name}.bin.tmp").unlink(missing_ok=True)
     free_bytes = shutil.disk_usage(folder).free
     if disk_bytes > free_bytes:
         raise UserError(f"{folder} has {free_bytes / 1e9:.1f} GB free, but about "
