@@ -126,7 +126,7 @@ def load_pretrained(name_or_path: str, dropout: float = 0.0) -> tuple[GPT, dict 
 def restore_settings(config: dict, given: dict, contents: dict) -> dict:
     """The settings of a run that goes on: a checkpoint's, except those `given` again.
 
-    Prints what changes. Raises UserError if the model's shape would.
+    Prints what is restored and what changes. Raises UserError if the model's shape would change.
     """
     saved = {name: value for name, value in contents.get("config", {}).items()
              if name in config and name not in NOT_RESTORED}

@@ -1,1 +1,1 @@
-"""Datasets, one folder each, and the code that they share: token files and tokenizers."""
+"""Datasets, one folder each, and the code that they share: documents, token files, tokenizers."""

@@ -136,8 +136,8 @@ if __name__ == "__main__":
         (folder / f"{name}.bin.tmp").unlink(missing_ok=True)
     free_bytes = shutil.disk_usage(folder).free
     if disk_bytes > free_bytes:
-        raise UserError(f"{folder} has {free_bytes / 1e9:.1f} GB free, but about "
-                        f"{disk_bytes / 1e9:.1f} GB are needed: choose another with --out_dir=")
+        raise UserError(f"{folder} has {free_bytes / 1e6:,.1f} MB free, but about "
+                        f"{disk_bytes / 1e6:,.1f} MB are needed: choose another with --out_dir=")
 
     from tqdm import tqdm
     n_workers = num_proc or os.cpu_count()
