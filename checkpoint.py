@@ -2,12 +2,19 @@
 
 A checkpoint is one file, a dict: model, optimizer, scaler (state dicts), model_args (GPTConfig),
 config (the settings), iter_num (steps done), best_val_loss, history (all evaluations), meta (the
-tokenizer's vocabulary; None for GPT-2's), seconds (of training so far). Files with only model,
-model_args and config, as other minimal GPT trainers write them, are read too.
+tokenizer's vocabulary; None for GPT-2's), seconds (of training so far), bad_steps (skipped in a
+row at the end). Files with only model, model_args and config, as other minimal GPT trainers write
+them, are read too.
 """
 
+import fcntl
+import os
+import shutil
+import socket
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -30,12 +37,18 @@ def save(path: Path, contents: dict) -> None:
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
+def numbered(iter_num: int) -> str:
+    """The name of a checkpoint that is kept."""
+    return f"ckpt_{iter_num:08d}.pt"
+
+
 def load(path: Path, mmap: bool = False) -> dict:
     """Read a checkpoint onto the CPU, running none of it; with mmap, tensors only when touched.
 
-    Raises UserError if it cannot be read or is no checkpoint.
+    Raises UserError if it cannot be read, is damaged or is no checkpoint.
     """
     try:
+        _verify(path, skip_tensors=mmap)
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train first, or give another path") from None
@@ -52,12 +65,38 @@ def load(path: Path, mmap: bool = False) -> dict:
     return {"iter_num": 0, **contents, "path": path}
 
 
-def newest(out_dir: str) -> dict | None:
-    """The checkpoint of a run with the most steps done; None where there is none."""
-    paths = [path for name in (NEWEST, BEST) if (path := Path(out_dir) / name).exists()]
-    if not paths:
-        return None
-    return load(max(paths, key=lambda path: load(path, mmap=True)["iter_num"]))
+def _verify(path: Path, skip_tensors: bool) -> None:
+    """Raise an error if a checkpoint's bytes are not those that were written.
+
+    A checkpoint is a zip archive that holds the CRC-32 of each part; torch does not look at them.
+    """
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":  # the format before torch 1.6, without checksums
+            return
+        with zipfile.ZipFile(file) as archive:
+            for name in archive.namelist():
+                if not (skip_tensors and "/data/" in name):
+                    with archive.open(name) as part:
+                        while part.read(2**20):  # raises BadZipFile at the end if the sum differs
+                            pass
+
+
+def newest(out_dir: str) -> tuple[Path | None, int]:
+    """The checkpoint of a run with the most steps done, and their number; (None, -1) without one.
+
+    Raises UserError if one is damaged, as it may have been the newest.
+    """
+    folder = Path(out_dir)
+    kept = sorted(folder.glob("ckpt_*.pt"))
+    paths = [path for path in (folder / NEWEST, folder / BEST, *kept[-1:]) if path.exists()]
+    steps = {}
+    for path in paths:
+        try:
+            steps[path] = load(path, mmap=True)["iter_num"]
+        except UserError as error:
+            raise UserError(f"{error}; to go on from another in {folder}, move it away") from None
+    path = max(steps, key=steps.get, default=None)
+    return path, steps.get(path, -1)
 
 
 def path_to_sample(out_dir: str) -> Path:
@@ -183,26 +222,70 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
         scaler.load_state_dict(contents["scaler"])
 
 
-def prepare_out_dir(out_dir: str, fresh: bool) -> None:
-    """Make the folder of a run; a fresh run moves what an earlier one left into previous-N/.
+def size_of(model: GPT) -> int:
+    """Bytes of a checkpoint: the weights, and AdamW's two moments of each."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
 
-    Raises UserError if it cannot be written.
+
+def prepare_out_dir(out_dir: str, iter_num: int | None, size: int, n_kept: int) -> TextIO:
+    """Make the folder of a run, and lock it until the file returned is closed or its process dies.
+
+    A run that starts anew (iter_num None) moves what an earlier one left into previous-N/; one
+    that goes on does so after iter_num steps. size: of a checkpoint, bytes; n_kept: how many
+    numbered ones are to come.
+    Raises UserError if the folder cannot be written, has too little room, or is in use.
     """
     folder = Path(out_dir)
     try:
+        _check_room(folder, iter_num is None, size, n_kept)
         folder.mkdir(parents=True, exist_ok=True)
-        names = (NEWEST, BEST, "metrics.jsonl", "tensorboard")
-        old = [path for name in names if (path := folder / name).exists()]
-        if fresh and old:
-            n = 1
-            while (previous := folder / f"previous-{n}").exists():
-                n += 1
-            previous.mkdir()
-            for path in old:
-                path.replace(previous / path.name)
-            print(f"moved the earlier run in {folder} to {previous}")
+        lock = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(f"out_dir = {out_dir!r} is in use by another run ({lock.read()}): "
+                            f"wait for its end, or choose another out_dir") from None
+        lock.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
+        if iter_num is not None and newest(out_dir)[1] != iter_num:
+            raise UserError(f"another run went on in {folder} at the same moment: start again")
+        for path in (*folder.glob("ckpt*.pt.tmp"), *folder.glob(f"{BEST}.tmp"),
+                     *folder.glob("metrics.jsonl.tmp")):
+            path.unlink()  # of a process that was killed while it wrote
+        if iter_num is None:
+            _move_earlier_run(folder)
+        return lock
     except OSError as error:
         raise UserError(f"cannot write to out_dir = {out_dir!r}: {error.strerror}") from None
+
+
+def _check_room(folder: Path, fresh: bool, size: int, n_kept: int) -> None:
+    """Raise UserError if the disk lacks the room for all checkpoints to come."""
+    there = sum((folder / name).exists() for name in (NEWEST, BEST))  # will be replaced
+    count = n_kept + 3 - (0 if fresh else there)  # the third is the one being written
+    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if free < count * size:
+        raise UserError(f"out_dir = {str(folder)!r} needs {count * size / 1e6:,.0f} MB for {count} "
+                        f"checkpoints of {size / 1e6:,.1f} MB, but its disk has "
+                        f"{free / 1e6:,.0f} MB free: make room, choose another out_dir, or a "
+                        f"larger keep_every")
+
+
+def _move_earlier_run(folder: Path) -> None:
+    """Move what a run left in its folder into previous-N/."""
+    old = [path for name in (NEWEST, BEST, "metrics.jsonl", "tensorboard")
+           if (path := folder / name).exists()] + sorted(folder.glob("ckpt_*.pt"))
+    if not old:
+        return
+    n = 1
+    while (previous := folder / f"previous-{n}").exists():
+        n += 1
+    previous.mkdir()
+    for path in old:
+        path.replace(previous / path.name)
+    print(f"moved the earlier run in {folder} to {previous}")
 
 
 def check_tokenizer(saved: dict | None, meta: dict | None, source: object, dataset: str) -> None:

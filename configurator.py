@@ -11,6 +11,7 @@ library is imported here, so a mistyped setting is answered before torch is load
 import ast
 import builtins
 import difflib
+import errno
 import io
 import os
 import sys
@@ -30,6 +31,10 @@ class UserError(Exception):
     """A mistake of the user's, told in one sentence: what, found, expected, what to do."""
 
 
+class RunError(Exception):
+    """What ends a run through no mistake that could be seen at its start, told the same way."""
+
+
 def configure(settings: dict, argv: list[str] | None = None) -> tuple[dict, dict]:
     """Override a script's settings from config files and --key=value arguments.
 
@@ -40,7 +45,7 @@ def configure(settings: dict, argv: list[str] | None = None) -> tuple[dict, dict
     Returns (config, given): all settings by name, and those that files or arguments named,
         whether or not they differ from the default.
     Raises UserError. From here on an uncaught UserError ends the process in one line on stderr
-    and exit status 2.
+    and exit status 2, an uncaught RunError in one line and exit status 1.
     """
     sys.excepthook = _end_in_one_line
     kinds = _kinds(settings)
@@ -212,11 +217,22 @@ def _end_in_one_line(kind: type, error: BaseException, trace: types.TracebackTyp
     elif issubclass(kind, KeyboardInterrupt):
         error, status = "stopped by Ctrl-C", 130
     elif issubclass(kind, BrokenPipeError):  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         raise SystemExit(1)
+    elif issubclass(kind, OSError) and error.errno == errno.ENOSPC:
+        error = f"the disk of {error.filename or 'the output'} is full: make room, and start again"
+        _discard_output()
+    elif issubclass(kind, RunError):
+        status = 1
     elif not issubclass(kind, UserError):  # a bug of ours keeps its traceback
         sys.__excepthook__(kind, error, trace)
         return
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def _discard_output() -> None:
+    """Send stdout nowhere, so that flushing what is left of it cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

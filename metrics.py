@@ -6,9 +6,11 @@ metrics.jsonl has.
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -102,8 +104,10 @@ class Metrics:
         speed = f"{record['tokens_per_s']:,.0f} tok/s"
         ms = sum(record[key] for key in record if key.endswith("_ms"))
         mfu = "" if record["mfu"] is None else f", MFU {record['mfu']:.1%}"
-        self._say(f"iter {record['iter']}: loss {record['loss']:.4f}, lr {record['lr']:.2e}, "
-                  f"norm {record['grad_norm']:.2f}, {ms:.1f} ms, {speed}{mfu}")
+        skipped = f", STEP SKIPPED ({record['bad_steps']} in a row)" if record["bad_steps"] else ""
+        self._say(f"iter {record['iter']}: loss {record['loss']:.4f} (max "
+                  f"{record['loss_max']:.4f}), lr {record['lr']:.2e}, "
+                  f"norm {record['grad_norm']:.2f}, {ms:.1f} ms, {speed}{mfu}{skipped}")
         self._send(record)
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed}", refresh=False)
@@ -121,6 +125,11 @@ class Metrics:
         if self.bar is not None:
             self.bar.update()
 
+    def sync(self) -> None:
+        """See metrics.jsonl on the disk, so that no checkpoint is ahead of it."""
+        if self.file:
+            os.fsync(self.file.fileno())
+
     def close(self) -> None:
         for end in (self.bar and self.bar.close, self.file and self.file.close,
                     self.tensorboard and self.tensorboard.close, self.wandb and self.wandb.finish):
@@ -137,7 +146,13 @@ class Metrics:
         record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in record.items()}  # JSON has no NaN
         if self.file:
-            self.file.write(json.dumps(record) + "\n")
+            try:
+                self.file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                with suppress(OSError):  # it tries once more to write
+                    self.file.close()
+                raise UserError(f"cannot write {self.file.name}: {error.strerror}; the last "
+                                f"checkpoint is whole: make room and resume") from None
         numbers = {key: value for key, value in record.items() if value is not None}
         if self.tensorboard:
             self._to_tensorboard(numbers)

@@ -10,13 +10,14 @@ import signal
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import FrameType
+from datetime import timedelta
+from types import FrameType, TracebackType
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, announce, choose
+from configurator import RunError, UserError, announce, choose
 
 # Dense peak of a device in TFLOP/s for (bfloat16, float16, float32), without sparsity; float32 is
 # TF32 where the device has it, since `start` allows that. None: the device lacks the format.
@@ -51,6 +52,7 @@ class Runtime:
     compile: bool
     rank: int = 0
     world_size: int = 1
+    timeout: timedelta = timedelta(minutes=10)  # of what processes do together
 
     @property
     def is_main(self) -> bool:
@@ -106,20 +108,35 @@ class Runtime:
         return tflops * 1e12 if tflops else None
 
 
+def process() -> tuple[int, int]:
+    """(rank, world_size) of this process, as torchrun tells them: (0, 1) where there is one.
+
+    Raises UserError if the environment makes no sense.
+    """
+    rank, world_size = (os.environ.get(name, default)
+                        for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise UserError(f"RANK={rank} and WORLD_SIZE={world_size} in the environment: expected "
+                        f"0 <= RANK < WORLD_SIZE, as torchrun sets them; unset both for one "
+                        f"process")
+    return int(rank), int(world_size)
+
+
 def start(device: str | None, dtype: str | None, compile: bool | None,
-          backend: str | None = None) -> Runtime:
+          backend: str | None = None, timeout_s: float = 600) -> Runtime:
     """Settle where to run; under torchrun, join the other processes. Prints what was chosen.
 
     device: cpu, cuda, cuda:N or mps; dtype: one of DTYPES; backend: nccl or gloo; None chooses.
-    Raises UserError for what this machine does not have.
+    timeout_s: seconds that processes wait for one another before they give up.
+    Raises UserError for what this machine does not have, or if the processes do not meet.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = process()
+    timeout = timedelta(seconds=timeout_s)
     if backend is not None:
         choose("backend", backend, ["nccl", "gloo"])
     device = choose_device(device)
     if world_size > 1 and device.type == "cuda":
-        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        device = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', rank)}")
     elif world_size > 1 and device.type == "mps":
         device = torch.device("cpu")  # gloo has no tensors on MPS
     elif device.type == "cuda" and device.index is None:
@@ -130,14 +147,34 @@ def start(device: str | None, dtype: str | None, compile: bool | None,
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     if world_size > 1:
-        dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"))
-    runtime = Runtime(device, dtype, compile, rank, world_size)
+        join(backend or ("nccl" if device.type == "cuda" else "gloo"), timeout)
+    runtime = Runtime(device, dtype, compile, rank, world_size, timeout)
     name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     peak = runtime.peak_flops()
     announce(f"running on {device}{name}, {dtype}, {'compiled' if compile else 'not compiled'}, "
              f"{world_size} process{'es' if world_size > 1 else ''}"
              f"{f', peak {peak / 1e12:g} TFLOP/s' if peak else ''}")
     return runtime
+
+
+def join(backend: str, timeout: timedelta) -> None:
+    """Meet the other processes. From here on, losing one ends this one with a sentence."""
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (ValueError, RuntimeError) as error:  # the address is missing, wrong or taken
+        raise UserError(f"the processes did not meet ({str(error).splitlines()[0]}): start them "
+                        f"with torchrun, on one machine with --standalone, on several with a free "
+                        f"port as --rdzv-endpoint") from None
+    previous_hook = sys.excepthook
+
+    def end(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+        lost = issubclass(kind, dist.DistError) or (kind is RuntimeError and "gloo" in str(error))
+        if lost:
+            kind, error = RunError, RunError(
+                f"another process is gone or silent ({str(error).splitlines()[0][:200]}): see its "
+                f"own message; under torchrun --max-restarts=N, --init_from=auto goes on by itself")
+        previous_hook(kind, error, trace)
+    sys.excepthook = end
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -185,7 +222,8 @@ class StopSignals:
         self.runtime = runtime
         self.received = 0  # the signal's number
         # Asking over a GPU's own links would wait for the GPU, so the processes ask on the side.
-        self.group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
+        self.group = (dist.new_group(backend="gloo", timeout=runtime.timeout)
+                      if runtime.world_size > 1 else None)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 

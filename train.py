@@ -10,7 +10,7 @@ Settings are the variables below; config files and --key=value arguments overrid
 
 import time
 
-from configurator import UserError, announce, check, choose, configure, user_errors
+from configurator import RunError, UserError, announce, check, choose, configure, user_errors
 
 # output
 out_dir = "out"  # where checkpoints and metrics.jsonl go
@@ -19,6 +19,7 @@ log_interval = 1  # steps between log lines
 eval_iters = 200  # batches in an evaluation; 0: the whole validation split, each token once
 eval_only = False  # evaluate once, write nothing
 always_save_checkpoint = True  # save ckpt.pt at every evaluation, not only at the end
+keep_every = 0  # steps between checkpoints that are kept, as ckpt_00001000.pt; 0: none
 init_from = "scratch"  # scratch | resume | auto (resume if there is a checkpoint) | gpt2* | a path
 # logging
 wandb_log = False  # to Weights & Biases
@@ -44,6 +45,7 @@ weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: any
+max_bad_steps = 10  # give up after so many in a row with a loss or gradient that is not finite
 # learning rate schedule
 decay_lr = True  # warm up, then follow a cosine down to min_lr; False: learning_rate throughout
 warmup_iters = 2000
@@ -52,6 +54,7 @@ min_lr = 6e-5  # the lowest
 # machine
 seed = 1337  # of initialisation, batches and dropout
 backend: str | None = None  # nccl | gloo, between processes; None: choose
+collective_timeout = 600  # seconds until processes give up on a silent one; longer than a save
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
 dtype: str | None = None  # float32 | bfloat16 | float16; None: bfloat16 if CUDA or the CPU has it
 compile: bool | None = None  # torch.compile; None: on CUDA
@@ -61,6 +64,7 @@ start_time = time.time()
 check(globals(), "eval_interval >= 1", "log_interval >= 1", "eval_iters >= 0",
       "gradient_accumulation_steps >= 1", "batch_size >= 1", "block_size >= 1", "n_layer >= 1",
       "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1", "learning_rate > 0", "max_iters >= 0",
+      "keep_every >= 0", "max_bad_steps >= 1", "collective_timeout >= 1",
       "weight_decay >= 0", "0 <= beta1 < 1", "0 <= beta2 < 1", "grad_clip >= 0",
       "warmup_iters >= 0", "lr_decay_iters >= 1", "min_lr >= 0", "0 <= seed < 2**64")
 
@@ -95,8 +99,9 @@ TRAIN_BATCHES, TRAIN_EVALUATION, VAL_EVALUATION, DROPOUT = range(4)
 
 resumed = None
 if init_from in ("resume", "auto"):
-    resumed = checkpoint.newest(out_dir)
-    if resumed:
+    newest, _ = checkpoint.newest(out_dir)
+    if newest:
+        resumed = checkpoint.load(newest)
         config = checkpoint.restore_settings(config, given, resumed)
         globals().update(config)  # from here on, the settings above are the checkpoint's
     elif init_from == "resume":
@@ -107,10 +112,11 @@ check(globals(), "warmup_iters < lr_decay_iters or not decay_lr",
 
 # --------------------------------------------------------------------------------------- runtime
 
-rt = runtime.start(device, dtype, compile, backend)
-if gradient_accumulation_steps % rt.world_size:
+_, world_size = runtime.process()
+if gradient_accumulation_steps % world_size:
     raise UserError(f"gradient_accumulation_steps = {gradient_accumulation_steps} does not divide "
-                    f"among {rt.world_size} processes: choose a multiple of {rt.world_size}")
+                    f"among {world_size} processes: choose a multiple of {world_size}")
+rt = runtime.start(device, dtype, compile, backend, collective_timeout)
 steps_done = resumed["iter_num"] if resumed else -1
 if rt.sum(steps_done)[0] != rt.world_size * steps_done:
     raise UserError(f"the processes do not see the same {out_dir}: share it between the machines")
@@ -150,11 +156,13 @@ optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta
 scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
 iter_num, best_val_loss, history, seconds_before = 0, math.inf, [], 0.0
 saved_at = None  # the step that ckpt.pt holds
+bad_steps, good_loss = 0, math.nan  # skipped in a row up to now; loss of the last that was not
 if resumed:
     iter_num = resumed["iter_num"]
     saved_at = iter_num if resumed["path"].name == checkpoint.NEWEST else None
     best_val_loss = float(resumed.get("best_val_loss", math.inf))
     history, seconds_before = resumed.get("history", []), resumed.get("seconds", 0.0)
+    bad_steps = resumed.get("bad_steps", 0)
     checkpoint.load_optimizer(optimizer, scaler, resumed)
     del resumed["model"], resumed["optimizer"]  # their memory is needed
 
@@ -184,22 +192,31 @@ train_starts = random_starts(
 
 
 @torch.no_grad()
-def evaluate(tokens: np.ndarray, starts: np.ndarray) -> tuple[float, float]:
-    """Mean loss and next-token accuracy over the blocks at `starts`, shared by all processes."""
+def evaluate() -> dict | None:
+    """Mean losses and next-token accuracy, shared by all processes; None if a signal stops it."""
     model.eval()
-    loss_sum = correct = count = 0.0
-    for first in range(rt.rank * batch_size, len(starts), rt.world_size * batch_size):
-        batch = starts[first:first + batch_size]
-        x, y = rt.to_device(*gather(tokens, batch, block_size, vocab_size))
-        with rt.autocast():
-            logits, loss = net(x, y)
-        n = (y >= 0).sum().item()
-        loss_sum += loss.item() * n
-        correct += (logits.argmax(dim=-1) == y).sum().item()
-        count += n
+    means = []
+    for tokens, starts in ((train_tokens, train_starts), (val_tokens, val_starts)):
+        sums = np.zeros(3)  # of losses, right predictions, targets
+        for first in range(0, len(starts), rt.world_size * batch_size):
+            if stop_signals.agreed():
+                model.train()
+                return None
+            batch = starts[first + rt.rank * batch_size:][:batch_size]
+            if len(batch) == 0:
+                continue  # the last round has nothing for this process
+            x, y = rt.to_device(*gather(tokens, batch, block_size, vocab_size))
+            with rt.autocast():
+                logits, loss = net(x, y)
+            n = (y >= 0).sum().item()
+            sums += loss.item() * n, (logits.argmax(dim=-1) == y).sum().item(), n
+        loss_sum, correct, count = rt.sum(*sums.tolist())
+        means.append((loss_sum / count, correct / count))
     model.train()
-    loss_sum, correct, count = rt.sum(loss_sum, correct, count)
-    return loss_sum / count, correct / count
+    (train_loss, _), (val_loss, val_accuracy) = means
+    return {"iter": iter_num, "train_loss": train_loss, "val_loss": val_loss,
+            "val_perplexity": math.exp(min(val_loss, 700)), "val_accuracy": val_accuracy,
+            "seconds": seconds()}
 
 
 def seconds() -> float:
@@ -209,12 +226,29 @@ def seconds() -> float:
 
 def save(name: str) -> None:
     """Write all that the run needs to go on from here."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise diverged(f"the weights after {iter_num} steps are not finite")
     if rt.is_main:
+        metrics.sync()
         checkpoint.save(Path(out_dir) / name, {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(), "model_args": model_args, "config": config,
             "iter_num": iter_num, "best_val_loss": best_val_loss, "history": history,
-            "meta": meta, "seconds": seconds()})
+            "meta": meta, "seconds": seconds(), "bad_steps": bad_steps})
+
+
+def diverged(what: str) -> RunError:
+    """The error that ends a run whose numbers went wrong: what, and how to go on."""
+    if rt.dtype == "float16":
+        advice = "--dtype=float32, or bfloat16 where the GPU has it"
+    elif not grad_clip:
+        advice = "--grad_clip=1.0"
+    else:
+        advice = f"a smaller --learning_rate than {learning_rate:g}, or longer --warmup_iters"
+    path, steps = checkpoint.newest(out_dir)
+    return RunError(f"{what} (last good loss: {good_loss:.4f}); nothing of it was saved: " + (
+        f"go on from {path}, which holds step {steps}, by --init_from=resume" if path else
+        "start again") + f" with {advice}")
 
 
 # ------------------------------------------------------------------------------------------ loop
@@ -222,10 +256,13 @@ def save(name: str) -> None:
 announce(f"{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
          f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate")
 if rt.is_main and not eval_only:
-    checkpoint.prepare_out_dir(out_dir, fresh=resumed is None)
+    n_kept = max_iters // keep_every - iter_num // keep_every if keep_every else 0
+    lock = checkpoint.prepare_out_dir(  # held until the process ends
+        out_dir, iter_num if resumed else None, checkpoint.size_of(model), n_kept)
 metrics = Metrics(rt, None if eval_only else out_dir, config, iter_num, history)
 stopwatch = Stopwatch(rt)
 stop_signals = runtime.StopSignals(rt)
+loss_max = -math.inf  # of a micro-batch, since the last log line
 model.train()
 
 while True:
@@ -236,18 +273,16 @@ while True:
     # evaluate and save; a run that resumes after an evaluation does not repeat it
     stop = stop_signals.agreed()
     due = iter_num % eval_interval == 0 or iter_num == max_iters
-    if eval_only or (due and not stop and iter_num not in [r["iter"] for r in history]):
-        train_loss, _ = evaluate(train_tokens, train_starts)
-        val_loss, val_accuracy = evaluate(val_tokens, val_starts)
-        record = {"iter": iter_num, "train_loss": train_loss, "val_loss": val_loss,
-                  "val_perplexity": math.exp(min(val_loss, 700)), "val_accuracy": val_accuracy,
-                  "seconds": seconds()}
+    if not stop and (eval_only or due and iter_num not in [r["iter"] for r in history]):
+        record = evaluate()
+        if record is None:
+            continue
         metrics.evaluation(record)
         if eval_only:
             break
+        val_loss = record["val_loss"]
         if not math.isfinite(val_loss):
-            raise UserError(f"the validation loss after {iter_num} steps is {val_loss}: nothing "
-                            f"was saved of it, so resume with a smaller --learning_rate")
+            raise diverged(f"the validation loss after {iter_num} steps is {val_loss}")
         history.append(record)
         if val_loss < best_val_loss:
             best_val_loss = val_loss
@@ -256,6 +291,8 @@ while True:
         if always_save_checkpoint and iter_num > 0:
             save(checkpoint.NEWEST)
             saved_at = iter_num
+    if keep_every and iter_num > 0 and iter_num % keep_every == 0 and not eval_only:
+        save(checkpoint.numbered(iter_num))
     if iter_num >= max_iters or stop:
         break
 
@@ -264,7 +301,7 @@ while True:
     stopwatch.start()
     starts = random_starts(len(train_tokens), block_size, gradient_accumulation_steps * batch_size,
                            (TRAIN_BATCHES, seed, iter_num)).reshape(-1, batch_size)
-    loss_sum = torch.zeros((), device=rt.device)
+    losses = torch.zeros(gradient_accumulation_steps, device=rt.device)  # those of this process
     for micro_step in range(rt.rank, gradient_accumulation_steps, rt.world_size):
         x, y = rt.to_device(*gather(train_tokens, starts[micro_step], block_size, vocab_size))
         stopwatch.lap("data_ms")
@@ -276,34 +313,44 @@ while True:
             stopwatch.lap("forward_ms")
             scaler.scale(loss / micro_steps).backward()
             stopwatch.lap("backward_ms")
-        loss_sum += loss.detach()
+        losses[micro_step] = loss.detach()
 
-    # update
+    # update, unless a number went wrong: the same in all processes
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(
+        model.parameters(), grad_clip or math.inf).item()
+    losses = rt.sum(*losses.tolist())  # those of all processes
+    mean_loss, loss_max = np.mean(losses).item(), np.max([loss_max, *losses]).item()
+    if math.isfinite(mean_loss) and math.isfinite(grad_norm):
+        scaler.step(optimizer)
+        bad_steps, good_loss = 0, mean_loss
+    else:
+        bad_steps += 1
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     stopwatch.lap("optimizer_ms")
 
     # log
-    if iter_num % log_interval == 0:
+    if iter_num % log_interval == 0 or bad_steps:
         phases_ms = stopwatch.read()
         dt = sum(phases_ms.values()) / 1e3
-        mean_loss = rt.sum(loss_sum.item())[0] / gradient_accumulation_steps
-        metrics.step({"iter": iter_num, "loss": mean_loss, "lr": lr,
-                      "grad_norm": grad_norm.item(), "tokens_per_s": tokens_per_iter / dt,
+        metrics.step({"iter": iter_num, "loss": mean_loss, "loss_max": loss_max, "lr": lr,
+                      "grad_norm": grad_norm, "bad_steps": bad_steps,
+                      "tokens_per_s": tokens_per_iter / dt,
                       "mfu": model.estimate_mfu(micro_steps * batch_size, dt, rt.peak_flops()),
                       **phases_ms, "seconds": seconds()})
+        loss_max = -math.inf
+    if bad_steps >= max_bad_steps:
+        raise diverged(f"{bad_steps} steps in a row, up to step {iter_num}, had a loss or a "
+                       f"gradient that is not finite")
     iter_num += 1
     metrics.advance()
 
 # -------------------------------------------------------------------------------------------- end
 
 if not eval_only and saved_at != iter_num:
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError(f"the weights after {iter_num} steps are not finite: nothing was saved of "
-                        f"them, so resume with a smaller --learning_rate")
+    if stop and bad_steps:
+        raise diverged(f"stopped after {bad_steps} steps in a row that were not finite")
     save(checkpoint.NEWEST)
 metrics.close()
 rt.close()

@@ -149,11 +149,11 @@ def test_model_args_that_make_no_model_are_a_user_error(path, contents, args):
 def test_newest_is_the_one_with_more_steps(tmp_path, contents, name, other):
     checkpoint.save(tmp_path / name, contents | {"iter_num": 100})
     checkpoint.save(tmp_path / other, contents | {"iter_num": 20})  # written later
-    assert checkpoint.newest(str(tmp_path))["iter_num"] == 100
+    assert checkpoint.newest(str(tmp_path))[1] == 100
     (tmp_path / name).unlink()
-    assert checkpoint.newest(str(tmp_path))["iter_num"] == 20
+    assert checkpoint.newest(str(tmp_path))[1] == 20
     (tmp_path / other).unlink()
-    assert checkpoint.newest(str(tmp_path)) is None
+    assert checkpoint.newest(str(tmp_path)) == (None, -1)
 
 
 def test_the_causal_masks_of_older_files_are_ignored(path, contents):
@@ -293,7 +293,7 @@ def test_parts_of_another_type_are_a_user_error(path, contents, name):
 
 def test_each_fresh_start_keeps_all_that_was_before(tmp_path, contents):
     for steps in (1, 2, 3):
-        checkpoint.prepare_out_dir(str(tmp_path), fresh=True)
+        checkpoint.prepare_out_dir(str(tmp_path), None, 0, 0).close()
         checkpoint.save(tmp_path / "ckpt.pt", contents | {"iter_num": steps})
     kept = [checkpoint.load(tmp_path / name / "ckpt.pt")["iter_num"]
             for name in ("previous-1", "previous-2", ".")]

@@ -24,8 +24,8 @@ def clock(monkeypatch) -> SimpleNamespace:
 
 
 def step_record(i: int) -> dict:
-    return {"iter": i, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 5.0, "mfu": None,
-            "data_ms": 1.0, "seconds": float(i)}
+    return {"iter": i, "loss": 2.0, "loss_max": 2.25, "lr": 0.1, "grad_norm": 1.0, "bad_steps": 0,
+            "tokens_per_s": 5.0, "mfu": None, "data_ms": 1.0, "seconds": float(i)}
 
 
 def evaluation_record(i: int) -> dict:
