@@ -23,7 +23,7 @@ from data.bins import dataset_folder, written_whole
 from data.tokenizer import check_meta, load_meta
 from model import GPT, PRETRAINED, GPTConfig
 
-NEWEST, BEST = "ckpt.pt", "best.pt"
+NEWEST, BEST, KEPT = "ckpt.pt", "best.pt", "ckpt_[0-9]*.pt"
 GPT2_IDS = 50257  # a vocabulary of fewer is not GPT-2's
 NOT_RESTORED = ("init_from", "out_dir", "eval_only")  # settings of a start, not of a run
 
@@ -87,7 +87,7 @@ def newest(out_dir: str) -> tuple[Path | None, int]:
     Raises UserError if one is damaged, as it may have been the newest.
     """
     folder = Path(out_dir)
-    kept = sorted(folder.glob("ckpt_*.pt"))
+    kept = sorted(folder.glob(KEPT))
     paths = [path for path in (folder / NEWEST, folder / BEST, *kept[-1:]) if path.exists()]
     steps = {}
     for path in paths:
@@ -223,8 +223,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
 
 
 def size_of(model: GPT) -> int:
-    """Bytes of a checkpoint: the weights, and AdamW's two moments of each."""
-    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes of a checkpoint: the weights, AdamW's two moments of each, and 1 MiB for the rest."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters()) + 2**20
 
 
 def prepare_out_dir(out_dir: str, iter_num: int | None, size: int, n_kept: int) -> TextIO:
@@ -246,6 +246,8 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, size: int, n_kept: int) 
             lock.seek(0)
             raise UserError(f"out_dir = {out_dir!r} is in use by another run ({lock.read()}): "
                             f"wait for its end, or choose another out_dir") from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"{folder} cannot be locked ({error.strerror}): see that no two runs share it")
         lock.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
         if iter_num is not None and newest(out_dir)[1] != iter_num:
@@ -276,7 +278,7 @@ def _check_room(folder: Path, fresh: bool, size: int, n_kept: int) -> None:
 def _move_earlier_run(folder: Path) -> None:
     """Move what a run left in its folder into previous-N/."""
     old = [path for name in (NEWEST, BEST, "metrics.jsonl", "tensorboard")
-           if (path := folder / name).exists()] + sorted(folder.glob("ckpt_*.pt"))
+           if (path := folder / name).exists()] + sorted(folder.glob(KEPT))
     if not old:
         return
     n = 1

@@ -159,21 +159,22 @@ def start(device: str | None, dtype: str | None, compile: bool | None,
 
 def join(backend: str, timeout: timedelta) -> None:
     """Meet the other processes. From here on, losing one ends this one with a sentence."""
+    ours = sys.excepthook  # torch puts its own around it, which swallows what ours prints
     try:
         dist.init_process_group(backend, timeout=timeout)
     except (ValueError, RuntimeError) as error:  # the address is missing, wrong or taken
         raise UserError(f"the processes did not meet ({str(error).splitlines()[0]}): start them "
                         f"with torchrun, on one machine with --standalone, on several with a free "
                         f"port as --rdzv-endpoint") from None
-    previous_hook = sys.excepthook
 
     def end(kind: type, error: BaseException, trace: TracebackType | None) -> None:
-        lost = issubclass(kind, dist.DistError) or (kind is RuntimeError and "gloo" in str(error))
-        if lost:
+        if issubclass(kind, dist.DistError) or (kind is RuntimeError and "gloo" in str(error)):
+            cause = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0]).partition(". ")[0]
             kind, error = RunError, RunError(
-                f"another process is gone or silent ({str(error).splitlines()[0][:200]}): see its "
-                f"own message; under torchrun --max-restarts=N, --init_from=auto goes on by itself")
-        previous_hook(kind, error, trace)
+                f"another process is gone or silent ({cause}): see its own message; with torchrun "
+                f"--max-restarts=N and --init_from=auto the run goes on by itself")
+        ours(kind, error, trace)
+
     sys.excepthook = end
 
 
