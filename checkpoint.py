@@ -252,9 +252,8 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, size: int, n_kept: int) 
         print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
         if iter_num is not None and newest(out_dir)[1] != iter_num:
             raise UserError(f"another run went on in {folder} at the same moment: start again")
-        for path in (*folder.glob("ckpt*.pt.tmp"), *folder.glob(f"{BEST}.tmp"),
-                     *folder.glob("metrics.jsonl.tmp")):
-            path.unlink()  # of a process that was killed while it wrote
+        for path in _half_written(folder):
+            path.unlink()
         if iter_num is None:
             _move_earlier_run(folder)
         return lock
@@ -262,12 +261,18 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, size: int, n_kept: int) 
         raise UserError(f"cannot write to out_dir = {out_dir!r}: {error.strerror}") from None
 
 
+def _half_written(folder: Path) -> list[Path]:
+    """Files of a process that was killed while it wrote them."""
+    return [path for name in (NEWEST, BEST, KEPT, "metrics.jsonl")
+            for path in folder.glob(f"{name}.tmp")]
+
+
 def _check_room(folder: Path, fresh: bool, size: int, n_kept: int) -> None:
     """Raise UserError if the disk lacks the room for all checkpoints to come."""
     there = sum((folder / name).exists() for name in (NEWEST, BEST))  # will be replaced
     count = n_kept + 3 - (0 if fresh else there)  # the third is the one being written
     disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(disk).free
+    free = shutil.disk_usage(disk).free + sum(p.stat().st_size for p in _half_written(folder))
     if free < count * size:
         raise UserError(f"out_dir = {str(folder)!r} needs {count * size / 1e6:,.0f} MB for {count} "
                         f"checkpoints of {size / 1e6:,.1f} MB, but its disk has "

@@ -256,7 +256,7 @@ def diverged(what: str) -> RunError:
 announce(f"{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
          f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate")
 if rt.is_main and not eval_only:
-    n_kept = max_iters // keep_every - iter_num // keep_every if keep_every else 0
+    n_kept = max(0, max_iters // keep_every - iter_num // keep_every) if keep_every else 0
     lock = checkpoint.prepare_out_dir(  # held until the process ends
         out_dir, iter_num if resumed else None, checkpoint.size_of(model), n_kept)
 metrics = Metrics(rt, None if eval_only else out_dir, config, iter_num, history)
