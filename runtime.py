@@ -8,10 +8,11 @@ import os
 import re
 import signal
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -92,10 +93,12 @@ class Runtime:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
-    def close(self) -> None:
-        """Part from the other processes."""
-        if self.world_size > 1:
-            dist.destroy_process_group()
+    def leave(self, status: int) -> NoReturn:
+        """Part from the other processes, and end this one."""
+        if self.world_size == 1:
+            sys.exit(status)
+        dist.destroy_process_group()
+        end_at_once(status)
 
     def peak_flops(self) -> float | None:
         """The device's peak, FLOP/s, in `dtype`; None if it is not in PEAK_TFLOPS."""
@@ -173,9 +176,26 @@ def join(backend: str, timeout: timedelta) -> None:
             kind, error = RunError, RunError(
                 f"another process is gone or silent ({cause}): see its own message; with torchrun "
                 f"--max-restarts=N and --init_from=auto the run goes on by itself")
-        ours(kind, error, trace)
+        status = 1
+        try:
+            ours(kind, error, trace)
+        except SystemExit as ended:
+            status = ended.code
+        end_at_once(status)
 
     sys.excepthook = end
+
+
+def end_at_once(status: int) -> NoReturn:
+    """End this process without Python's own end, in which a thread of gloo's may abort it.
+
+    Such a thread frees the tensor of a collective a little after it is done, and needs Python's
+    lock for that, which kills a thread that asks for it once Python is at its end.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 def choose_device(device: str | None) -> torch.device:

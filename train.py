@@ -69,7 +69,6 @@ check(globals(), "eval_interval >= 1", "log_interval >= 1", "eval_iters >= 0",
       "warmup_iters >= 0", "lr_decay_iters >= 1", "min_lr >= 0", "0 <= seed < 2**64")
 
 import math
-import sys
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -353,10 +352,9 @@ if not eval_only and saved_at != iter_num:
         raise diverged(f"stopped after {bad_steps} steps in a row that were not finite")
     save(checkpoint.NEWEST)
 metrics.close()
-rt.close()
 if stop:
     announce(f"stopped by signal {stop} after {iter_num} steps: go on with --init_from=resume")
 elif not eval_only:
     announce(f"{iter_num} steps done, best validation loss {best_val_loss:.4f}: "
              f"python sample.py --out_dir={out_dir}")
-sys.exit(128 + stop if stop else 0)
+rt.leave(128 + stop if stop else 0)
