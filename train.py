@@ -167,6 +167,14 @@ if resumed:
 
 net = torch.compile(model) if rt.compile else model  # what runs; `model` owns the parameters
 ddp = DistributedDataParallel(net) if rt.world_size > 1 else None
+if ddp:
+    # After its first pass DDP settles the order in which it sums gradients. This is that pass, so
+    # that a resumed run sums in the same order as an uninterrupted one.
+    idx = torch.zeros(batch_size, block_size, dtype=torch.long, device=rt.device)
+    with rt.autocast():
+        loss = ddp(idx, idx)[1]
+    loss.backward()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def lr_at(i: int) -> float:
