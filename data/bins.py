@@ -7,7 +7,7 @@ continue a run, and every process can draw the same one.
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,10 +51,15 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 def write_bin(path: Path, ids: np.ndarray | list[int]) -> None:
     """Write token ids (each 0 <= id < 65536) as a token file."""
-    ids = np.asarray(ids, dtype=np.int64)
-    assert ((ids >= 0) & (ids < 2**16)).all(), f"{path}: ids from {ids.min()} to {ids.max()}"
     with written_whole(path) as file:
-        file.write(ids.astype(DTYPE).tobytes())
+        _write_ids(file, ids)
+
+
+def _write_ids(file: BinaryIO, ids: np.ndarray | list[int]) -> None:
+    ids = np.asarray(ids, dtype=np.int64)
+    assert ((ids >= 0) & (ids < 2**16)).all(), f"{file.name}: ids from {ids.min()} to {ids.max()}"
+    file.write(ids.astype(DTYPE).tobytes())
+    file.flush()
 
 
 def read_input(path: Path, url: str) -> str:
@@ -94,20 +99,22 @@ def _text_of(content: bytes, source: object, remedy: str) -> str:
 def write_text_dataset(folder: Path, text: str, tokenizer: Tokenizer, meta: dict | None = None,
                        ) -> None:
     """Write the first 90 % of a text's characters as train.bin, the rest as val.bin, and `meta`,
-    a character vocabulary, as meta.pkl."""
+    a character vocabulary, as meta.pkl: all of them or, where the disk refuses one, none."""
     if tokenizer.n_vocab > 2**16:
         raise UserError(f"the text has {tokenizer.n_vocab:,} distinct characters, but token files "
                         f"hold ids below 65,536: use GPT-2's BPE, as data/shakespeare does")
     cut = int(0.9 * len(text))
     print(f"{len(text):,} characters, {len(set(text))} distinct")
-    for name, part in (("train", text[:cut]), ("val", text[cut:])):
-        ids = tokenizer.encode(part)
-        write_bin(folder / f"{name}.bin", ids)
-        print(f"{folder / name}.bin: {len(ids):,} tokens")
-    if meta:
-        with written_whole(folder / "meta.pkl") as file:
+    with ExitStack() as files:
+        for name, part in (("train", text[:cut]), ("val", text[cut:])):
+            ids = tokenizer.encode(part)
+            _write_ids(files.enter_context(written_whole(folder / f"{name}.bin")), ids)
+            print(f"{folder / name}.bin: {len(ids):,} tokens")
+        if meta:
+            file = files.enter_context(written_whole(folder / "meta.pkl"))
             pickle.dump(meta, file)
-    else:
+            file.flush()
+    if not meta:
         (folder / "meta.pkl").unlink(missing_ok=True)  # of a character dataset that was here
 
 
