@@ -161,7 +161,7 @@ if resumed:
     saved_at = iter_num if resumed["path"].name == checkpoint.NEWEST else None
     best_val_loss = float(resumed.get("best_val_loss", math.inf))
     history, seconds_before = resumed.get("history", []), resumed.get("seconds", 0.0)
-    bad_steps = resumed.get("bad_steps", 0)
+    bad_steps, good_loss = resumed.get("bad_steps", 0), resumed.get("good_loss", math.nan)
     checkpoint.load_optimizer(optimizer, scaler, resumed)
     del resumed["model"], resumed["optimizer"]  # their memory is needed
 
@@ -241,7 +241,8 @@ def save(name: str) -> None:
             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(), "model_args": model_args, "config": config,
             "iter_num": iter_num, "best_val_loss": best_val_loss, "history": history,
-            "meta": meta, "seconds": seconds(), "bad_steps": bad_steps})
+            "meta": meta, "seconds": seconds(), "bad_steps": bad_steps,
+            "good_loss": good_loss})
 
 
 def diverged(what: str) -> RunError:
