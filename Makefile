@@ -1,12 +1,13 @@
 # make demo: train a small model on this machine and sample from it, in about two minutes
 # make test: lint and the test suite
-# Both use the active virtual environment, or make .venv.
+# make torture: kill a training run 100 times and see that nothing is lost, in about ten minutes
+# All use the active virtual environment, or make .venv.
 
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX))
 VENV := $(or $(ACTIVE),.venv)
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test
+.PHONY: demo test torture
 
 demo: $(PYTHON)
 	$(PYTHON) -m pip install --quiet -r requirements.txt
