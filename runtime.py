@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import sys
+import time
+import uuid
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -164,7 +166,10 @@ def join(backend: str, timeout: timedelta) -> None:
     """Meet the other processes. From here on, losing one ends this one with a sentence."""
     ours = sys.excepthook  # torch puts its own around it, which swallows what ours prints
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store = own_part(store, rank, world_size, timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank,
+                                world_size=world_size)
     except (ValueError, RuntimeError) as error:  # the address is missing, wrong or taken
         raise UserError(f"the processes did not meet ({str(error).splitlines()[0]}): start them "
                         f"with torchrun, on one machine with --standalone, on several with a free "
@@ -184,6 +189,30 @@ def join(backend: str, timeout: timedelta) -> None:
         end_at_once(status)
 
     sys.excepthook = end
+
+
+def own_part(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The part of a store that is of this start alone, the same for all processes.
+
+    torchrun keeps one store when it restarts the processes, and what the dead ones wrote still
+    stands there: their addresses too. So rank 0 names the start, and each of the others answers
+    with a name of its own, until it finds that among the answers that rank 0 has read.
+    Raises RuntimeError if they do not meet in time.
+    """
+    name = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", name)
+        answers = [store.get(f"{name}/{other}") for other in range(1, world_size)]
+        store.set(f"{name}/met", b" ".join(answers))
+        return dist.PrefixStore(name, store)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        start = store.get("start").decode()
+        store.set(f"{start}/{rank}", name)
+        if store.check([f"{start}/met"]) and name in store.get(f"{start}/met").decode():
+            return dist.PrefixStore(start, store)
+        time.sleep(0.05)
+    raise RuntimeError(f"rank 0 did not answer within {timeout.total_seconds():g} s")
 
 
 def end_at_once(status: int) -> NoReturn:
