@@ -222,6 +222,10 @@ def _end_in_one_line(kind: type, error: BaseException, trace: types.TracebackTyp
     elif issubclass(kind, OSError) and error.errno == errno.ENOSPC:
         error = f"the disk of {error.filename or 'the output'} is full: make room, and start again"
         _discard_output()
+    elif issubclass(kind, MemoryError) or (issubclass(kind, RuntimeError)
+                                           and "allocate" in str(error)):  # torch's, of any device
+        error = (f"out of memory ({' '.join(str(error).split())[:200] or kind.__name__}): choose "
+                 f"smaller sizes, such as batch_size, block_size, n_embd or num_samples")
     elif issubclass(kind, RunError):
         status = 1
     elif not issubclass(kind, UserError):  # a bug of ours keeps its traceback

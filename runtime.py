@@ -238,7 +238,7 @@ def choose_device(device: str | None) -> torch.device:
         raise UserError(f"device = {device!r}, but this machine or this torch has no {kind}: "
                         f"use --device={choose_device(None)}")
     count = {"cpu": 1, "mps": 1}.get(kind) or torch.cuda.device_count()
-    if ":" in device and not (index.isdecimal() and int(index) < count):
+    if ":" in device and index not in map(str, range(count)):
         raise UserError(f"device = {device!r}: expected {kind}:0 to {kind}:{count - 1}")
     return torch.device(device)
 

@@ -27,8 +27,8 @@ compile: bool | None = False  # torch.compile, worth its start for long texts; N
 
 configure(globals())
 check(globals(), "num_samples >= 1", "max_new_tokens >= 0", "temperature >= 0",
-      "top_k is None or top_k >= 1", "top_p is None or 0 < top_p <= 1", "repetition_penalty > 0",
-      "start != ''", "0 <= seed < 2**64")
+      "top_k is None or top_k >= 1", "top_p is None or 0 < top_p <= 1",
+      "0.01 <= repetition_penalty <= 100", "start != ''", "0 <= seed < 2**64")
 
 from pathlib import Path
 

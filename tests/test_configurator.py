@@ -554,6 +554,19 @@ def test_a_missing_package_is_named_with_how_to_get_it(tmp_path):
                            "pip install -r requirements.txt\n")
 
 
+@pytest.mark.parametrize("line, words", [
+    ("bytearray(10**18)", "error: out of memory (MemoryError): choose smaller sizes"),
+    ("import numpy; numpy.empty(10**17)", "Unable to allocate 711. PiB"),
+    ("import torch; torch.empty(10**17)", "you tried to allocate 400000000000000000 bytes"),
+    ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.\\nSee')", "2 GiB. See)"),
+])
+def test_too_little_memory_is_told_in_one_line_with_what_to_do(tmp_path, line, words):
+    done = run(write_script(tmp_path, line))
+    assert done.returncode == 2
+    assert words in done.stderr and "batch_size" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_bug_keeps_its_traceback(tmp_path):
     done = run(write_script(tmp_path, "1 / 0"))
     assert done.returncode == 1

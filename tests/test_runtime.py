@@ -43,6 +43,7 @@ def test_a_device_that_is_there_is_taken(machine, device):
 
 @pytest.mark.parametrize("device, words", [
     ("cuda:2", ["cuda:2", "cuda:0 to cuda:1"]), ("cuda:", ["cuda:0 to cuda:1"]),
+    ("cuda:01", ["cuda:0 to cuda:1"]), ("cuda:١", ["cuda:0 to cuda:1"]),
     ("cuda:x", ["cuda:0 to cuda:1"]), ("mps", ["mps", "cuda"]),
     ("gpu", ["gpu", "cpu, cuda, mps"]), ("cud", ["did you mean cuda?"])])
 def test_a_device_that_is_not_there_is_refused(machine, device, words):
