@@ -164,18 +164,31 @@ class Metrics:
             self.tensorboard.add_scalar(key, value, record["iter"])
 
 
+def import_loggers(config: dict) -> None:
+    """Import what the settings ask for, to learn what is missing before anything is written."""
+    if config["tensorboard_log"]:
+        import torch.utils.tensorboard  # noqa: F401
+    if config["wandb_log"]:
+        import wandb  # noqa: F401
+
+
 def keep_records_before(path: Path, start_iter: int, history: list[dict]) -> None:
     """Drop from metrics.jsonl what a run will do again when it goes on from `start_iter`."""
-    if not path.exists():
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
         return
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; move it away to resume") from None
     evaluated = {record["iter"] for record in history}
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
-            continue  # the last line, cut short by a crash
-        if record["iter"] < start_iter or ("val_loss" in record and record["iter"] in evaluated):
-            kept.append(line + "\n")
+            if record["iter"] < start_iter or (
+                    "val_loss" in record and record["iter"] in evaluated):
+                kept.append(line + b"\n")
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue  # cut short by a crash, or no record of ours
     with written_whole(path) as file:
-        file.write("".join(kept).encode())
+        file.write(b"".join(kept))

@@ -61,10 +61,10 @@ compile: bool | None = None  # torch.compile; None: on CUDA
 
 config, given = configure(globals())
 start_time = time.time()
-check(globals(), "eval_interval >= 1", "log_interval >= 1", "eval_iters >= 0",
+check(globals(), "out_dir != ''", "eval_interval >= 1", "log_interval >= 1", "eval_iters >= 0",
       "gradient_accumulation_steps >= 1", "batch_size >= 1", "block_size >= 1", "n_layer >= 1",
       "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1", "learning_rate > 0", "max_iters >= 0",
-      "keep_every >= 0", "max_bad_steps >= 1", "collective_timeout >= 1",
+      "keep_every >= 0", "max_bad_steps >= 1", "1 <= collective_timeout <= 10**6",
       "weight_decay >= 0", "0 <= beta1 < 1", "0 <= beta2 < 1", "grad_clip >= 0",
       "warmup_iters >= 0", "lr_decay_iters >= 1", "min_lr >= 0", "0 <= seed < 2**64")
 
@@ -88,7 +88,7 @@ from data.bins import (
     random_starts,
 )
 from data.tokenizer import load_meta
-from metrics import Metrics, Stopwatch
+from metrics import Metrics, Stopwatch, import_loggers
 from model import ACTIVATIONS, GPT, GPTConfig
 
 # Streams of random numbers: no two may ever be seeded alike.
@@ -264,6 +264,7 @@ def diverged(what: str) -> RunError:
 announce(f"{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
          f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate")
 if rt.is_main and not eval_only:
+    import_loggers(config)
     n_kept = max(0, max_iters // keep_every - iter_num // keep_every) if keep_every else 0
     lock = checkpoint.prepare_out_dir(  # held until the process ends
         out_dir, iter_num if resumed else None, checkpoint.size_of(model), n_kept)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import metrics
+from configurator import UserError
 from metrics import Metrics, Stopwatch, keep_records_before
 from runtime import Runtime
 
@@ -145,6 +146,22 @@ def test_an_evaluation_that_will_be_made_again_is_dropped(tmp_path):
     path.write_text("".join(json.dumps(r) + "\n" for r in written))
     keep_records_before(path, 4, [evaluation_record(0)])
     assert lines(path) == written[:5]
+
+
+@pytest.mark.parametrize("garbage", [
+    b"5", b"null", b"[0]", b"{}", b'{"iter": "3"}', b'{"iter": null}', b'{"iter": 0', b"caf\xe9",
+    b"\0\0\0", b"[" * 100_000])
+def test_lines_that_are_no_records_are_dropped(tmp_path, garbage):
+    path = tmp_path / "metrics.jsonl"
+    record = json.dumps(step_record(0)).encode()
+    path.write_bytes(record + b"\n" + garbage + b"\n" + record + b"\n")
+    keep_records_before(path, 4, [])
+    assert lines(path) == [step_record(0)] * 2
+
+
+def test_a_folder_in_place_of_the_records_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}.*move it away"):
+        keep_records_before(tmp_path, 4, [])
 
 
 def test_a_resumed_run_appends(tmp_path):
