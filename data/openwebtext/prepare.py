@@ -68,7 +68,8 @@ def encode(batch: list[tuple[Document, bool]]) -> tuple[bytes, bytes]:
     for document, held_out in batch:
         text = document
         if isinstance(document, bytes):
-            with suppress(ValueError, TypeError, KeyError):  # it stays bytes, and is refused next
+            # If this fails, it stays bytes, and is refused next.
+            with suppress(ValueError, TypeError, KeyError, RecursionError):
                 text = json.loads(document)["text"]
         if not isinstance(text, str):
             raise UserError(f"expected a document with a field `text`, got {document!r:.80}")
@@ -128,23 +129,27 @@ if __name__ == "__main__":
         documents = hub_documents(rows)
     held_out = choose_held_out(n_documents, val_fraction, seed)
 
+    from tqdm import tqdm
+    GPT2Tokenizer()  # downloads the BPE files, once for all workers
     try:
+        for name in ("train", "val"):  # of a run that was killed
+            (folder / f"{name}.bin.tmp").unlink(missing_ok=True)
+        disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free_bytes = shutil.disk_usage(disk).free
+        if disk_bytes > free_bytes:
+            raise UserError(f"{folder} has {free_bytes / 1e6:,.1f} MB free, but about "
+                            f"{disk_bytes / 1e6:,.1f} MB are needed: choose another with "
+                            f"--out_dir=")
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
-    for name in ("train", "val"):  # of a run that was killed
-        (folder / f"{name}.bin.tmp").unlink(missing_ok=True)
-    free_bytes = shutil.disk_usage(folder).free
-    if disk_bytes > free_bytes:
-        raise UserError(f"{folder} has {free_bytes / 1e6:,.1f} MB free, but about "
-                        f"{disk_bytes / 1e6:,.1f} MB are needed: choose another with --out_dir=")
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another with "
+                        f"--out_dir=") from None
 
-    from tqdm import tqdm
     n_workers = num_proc or os.cpu_count()
     print(f"encoding {n_documents:,} documents on {n_workers} cores")
-    GPT2Tokenizer()  # downloads the BPE files, once for all workers
     pool = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), start_worker)
-    progress = tqdm(total=n_bytes, unit="B", unit_scale=True)
+    progress = tqdm(total=n_bytes, unit="B", unit_scale=True, file=sys.stdout)
     pending, seen = deque(), 0
     try:
         with (written_whole(folder / "val.bin") as val_file,
@@ -164,12 +169,15 @@ if __name__ == "__main__":
             if seen != n_documents:
                 raise UserError(f"the source has {seen:,} documents, not {n_documents:,}: it "
                                 f"changed or is not whole; nothing was written")
+            val_file.flush()  # before train.bin takes its name: a disk may fill up by this
     except BrokenProcessPool:
         raise UserError("a worker process was ended from outside, as happens when memory runs "
                         "out: try a smaller --num_proc") from None
     finally:
         pool.shutdown(cancel_futures=True)
         progress.close()
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
     (folder / "meta.pkl").unlink(missing_ok=True)  # of a character dataset that was here
     for name in ("train", "val"):
         print(f"{folder / name}.bin: {(folder / f'{name}.bin').stat().st_size // 2:,} tokens")
