@@ -32,6 +32,7 @@ check(globals(), "batch_size is None or batch_size >= 1", "block_size >= 1", "n_
       "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1", "steps is None or steps >= 1",
       "new_tokens >= 1", "0 <= seed < 2**64")
 
+import os
 import time
 from dataclasses import fields
 from statistics import median
@@ -53,7 +54,7 @@ steps = steps or (20 if gpu else 3)
 # --------------------------------------------------------------------------------- data and model
 
 path = dataset_folder(dataset) / "train.bin"
-found = real_data and path.exists()
+found = real_data and os.path.exists(path)
 meta = load_meta(path.parent) if found else None
 vocab_size = meta["vocab_size"] if meta else 50304
 if found:

@@ -8,6 +8,7 @@ config, as other minimal GPT trainers write them, are read too.
 """
 
 import fcntl
+import fnmatch
 import os
 import shutil
 import socket
@@ -25,6 +26,7 @@ from model import GPT, PRETRAINED, GPTConfig
 
 NEWEST, BEST, KEPT = "ckpt.pt", "best.pt", "ckpt_[0-9]*.pt"
 GPT2_IDS = 50257  # a vocabulary of fewer is not GPT-2's
+PARTS = {"model": dict, "model_args": dict, "config": dict, "iter_num": int, "history": list}
 NOT_RESTORED = ("init_from", "out_dir", "eval_only")  # settings of a start, not of a run
 
 
@@ -50,16 +52,22 @@ def load(path: Path, mmap: bool = False) -> dict:
     try:
         _verify(path, skip_tensors=mmap)
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no checkpoint {path}: train first, or give another path") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
     except Exception as error:  # torch raises nearly anything for a file that is not whole
         raise UserError(f"cannot read checkpoint {path} ({type(error).__name__}): it is damaged, "
                         f"no checkpoint, or holds more than plain data") from None
     missing = {"model", "model_args"} - (contents.keys() if isinstance(contents, dict) else set())
     if missing:
-        raise UserError(f"{path} is no checkpoint: it lacks {', '.join(sorted(missing))}")
-    if not all(isinstance(contents[name], dict) for name in ("model", "model_args")):
-        raise UserError(f"{path} is no checkpoint: its model or model_args is no dict")
+        raise UserError(f"{path} is no checkpoint: it lacks {' and '.join(sorted(missing))}; give "
+                        f"one that train.py wrote")
+    wrong = [f"its {name} is {type(contents[name]).__name__}, not {kind.__name__}"
+             for name, kind in PARTS.items() if not isinstance(contents.get(name, kind()), kind)]
+    if wrong:
+        raise UserError(f"{path} is no checkpoint: {', '.join(wrong)}; give one that train.py "
+                        f"wrote")
     if contents.get("meta"):
         check_meta(contents["meta"], path)
     return {"iter_num": 0, **contents, "path": path}
@@ -84,11 +92,17 @@ def _verify(path: Path, skip_tensors: bool) -> None:
 def newest(out_dir: str) -> tuple[Path | None, int]:
     """The checkpoint of a run with the most steps done, and their number; (None, -1) without one.
 
-    Raises UserError if one is damaged, as it may have been the newest.
+    Raises UserError if one is damaged, as it may have been the newest, or none can be looked for.
     """
     folder = Path(out_dir)
-    kept = sorted(folder.glob(KEPT))
-    paths = [path for path in (folder / NEWEST, folder / BEST, *kept[-1:]) if path.exists()]
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        raise UserError(f"cannot read out_dir = {out_dir!r}: {error.strerror}") from None
+    kept = sorted(fnmatch.filter(names, KEPT))
+    paths = [folder / name for name in (NEWEST, BEST, *kept[-1:]) if name in names]
     steps = {}
     for path in paths:
         try:
@@ -102,7 +116,7 @@ def newest(out_dir: str) -> tuple[Path | None, int]:
 def path_to_sample(out_dir: str) -> Path:
     """The checkpoint to sample from: of the lowest validation loss if there is one."""
     best = Path(out_dir) / BEST
-    return best if best.exists() else Path(out_dir) / NEWEST
+    return best if os.path.exists(best) else Path(out_dir) / NEWEST
 
 
 def config_of(contents: dict) -> GPTConfig:
@@ -122,7 +136,8 @@ def build_model(contents: dict, dropout: float | None = None) -> GPT:
     config = config_of(contents)
     if dropout is not None:
         config.dropout = dropout
-    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in contents["model"].items()}
+    state = {str(name).removeprefix("_orig_mod."): tensor
+             for name, tensor in contents["model"].items()}
     model = GPT(config)
     try:
         model.load_weights(state, source=contents["path"])
@@ -150,12 +165,12 @@ def load_pretrained(name_or_path: str, dropout: float = 0.0) -> tuple[GPT, dict 
     Raises UserError or ValueError if there is no such model.
     """
     path = Path(name_or_path)
-    if path.is_dir() and path_to_sample(name_or_path).exists():
+    if os.path.exists(path_to_sample(name_or_path)):
         path = path_to_sample(name_or_path)
-    if path.is_file():
+    if os.path.isfile(path):
         contents = load(path)
         return build_model(contents, dropout), meta_of(contents)
-    if path.suffix == ".pt" or (not path.is_dir() and name_or_path not in PRETRAINED
+    if path.suffix == ".pt" or (not os.path.isdir(path) and name_or_path not in PRETRAINED
                                 and "/" not in name_or_path):
         choose("init_from", name_or_path, ["scratch", "resume", "auto", *PRETRAINED, "a checkpoint",
                                            "a folder", "owner/name on the Hugging Face hub"])
@@ -169,6 +184,11 @@ def restore_settings(config: dict, given: dict, contents: dict) -> dict:
     """
     saved = {name: value for name, value in contents.get("config", {}).items()
              if name in config and name not in NOT_RESTORED}
+    for name, value in saved.items():
+        kinds = str if isinstance(config[name], str) else (int, float)
+        if config[name] is not None and name not in given and not isinstance(value, kinds):
+            raise UserError(f"{contents['path']} holds {name} = {value!r}, which is "
+                            f"{type(value).__name__}: resume with --{name}= and a value")
     shape = asdict(config_of(contents))
     saved |= {name: shape[name] for name in shape if name in config and name != "dropout"}
     check_shape(given, config_of(contents), contents["path"])
@@ -216,8 +236,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
         groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
         options = [old | {k: v for k, v in new.items() if k != "params"} for old, new in groups]
         optimizer.load_state_dict({**saved, "param_groups": options})
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{contents['path']}: its optimizer does not fit ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{contents['path']}: its optimizer does not fit ({error}): start anew "
+                        f"from its weights with --init_from={contents['path']}") from None
     if contents.get("scaler"):
         scaler.load_state_dict(contents["scaler"])
 

@@ -15,6 +15,7 @@ Shapes are written with these letters:
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -57,8 +58,9 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected at least 1")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} = {value!r}: expected a whole number, at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} "
                              f"heads: choose a multiple of {self.n_head}")
@@ -331,8 +333,8 @@ class GPT(nn.Module):
     # --------------------------------------------------------------------------------- weights
 
     def load_weights(self, state: dict[str, torch.Tensor], source: str) -> None:
-        """Copy parameters by name. Raises ValueError naming every missing, unknown or misshapen
-        tensor of `source`; then nothing was copied."""
+        """Copy parameters by name. Raises ValueError naming the missing, unknown, misshapen and
+        broken tensors of `source`; then nothing was copied."""
         state = {name: tensor for name, tensor in state.items()  # without stored causal masks
                  if not name.endswith((".attn.bias", ".attn.masked_bias"))}
         own = self.state_dict()
@@ -340,14 +342,19 @@ class GPT(nn.Module):
             state = state | {"lm_head.weight": state["transformer.wte.weight"]}
         wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
         wrong += [f"{name} is unknown" for name in state.keys() - own.keys()]
-        wrong += [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
-                  for name in own.keys() & state.keys() if state[name].shape != own[name].shape]
+        shapes = {name: tuple(tensor.shape) if isinstance(tensor, torch.Tensor)
+                  else type(tensor).__name__ for name, tensor in state.items()}
+        wrong += [f"{name} is {shapes[name]}, not {tuple(own[name].shape)}"
+                  for name in own.keys() & state.keys() if shapes[name] != tuple(own[name].shape)]
+        if not wrong:
+            wrong = [f"{name} holds numbers that are not finite"
+                     for name, tensor in state.items() if not tensor.isfinite().all()]
         if not wrong and not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
             wrong = ["lm_head.weight differs from transformer.wte.weight (this model ties them)"]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ValueError(f"{source} does not fit the model: "
-                             f"{'; '.join(sorted(wrong)[:3])}{more}")
+            raise ValueError(f"{source} does not fit the model: {'; '.join(sorted(wrong)[:3])}"
+                             f"{more}; give a file of such a model")
         self.load_state_dict(state)
 
     @classmethod
@@ -408,7 +415,7 @@ def draw(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: flo
     probs = logits.softmax(dim=-1)
     if top_p is not None:
         likelier = probs.cumsum(dim=-1) - probs  # mass of the tokens before each
-        probs = probs.masked_fill(likelier >= top_p, 0)
+        probs = probs.masked_fill(likelier >= max(top_p, 1e-9), 0)  # float32 would make less 0
     return ids.gather(1, torch.multinomial(probs, 1)).squeeze(1)
 
 
@@ -416,7 +423,7 @@ def draw(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: flo
 
 def pretrained_folder(name_or_path: str) -> Path:
     """The local folder itself, or one downloaded from the Hugging Face hub (and kept there)."""
-    if Path(name_or_path).is_dir():
+    if os.path.isdir(name_or_path):
         return Path(name_or_path)
     from huggingface_hub import snapshot_download
     repo = PRETRAINED.get(name_or_path, name_or_path)

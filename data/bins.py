@@ -123,15 +123,16 @@ def open_bin(path: Path, block_size: int) -> np.memmap:
 
     Raises UserError if it is missing, not whole, or too short for one block and its targets.
     """
-    if not path.is_file():
-        script = path.parent / "prepare.py"
-        raise UserError(f"no {path}: prepare the dataset first"
-                        f"{f', with python {script}' if script.exists() else ''}")
-    size = path.stat().st_size
-    if size % 2 or size // 2 <= block_size:
-        raise UserError(f"{path} has {size:,} bytes: expected 2 for each of more than block_size = "
-                        f"{block_size} tokens; prepare it again, or choose a smaller block_size")
     try:
+        if not path.is_file():
+            script = path.parent / "prepare.py"
+            raise UserError(f"no {path}: prepare the dataset first"
+                            f"{f', with python {script}' if script.exists() else ''}")
+        size = path.stat().st_size
+        if size % 2 or size // 2 <= block_size:
+            raise UserError(f"{path} has {size:,} bytes: expected 2 for each of more than "
+                            f"block_size = {block_size} tokens; prepare it again, or choose a "
+                            f"smaller block_size")
         return np.memmap(path, dtype=DTYPE, mode="r")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

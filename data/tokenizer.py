@@ -104,11 +104,11 @@ def load_meta(folder: Path) -> dict | None:
     Raises UserError if it is not a vocabulary of plain containers, and runs nothing of it.
     """
     path = folder / "meta.pkl"
-    if not path.exists():
-        return None
     try:
         with open(path, "rb") as file:
             meta = PlainUnpickler(file).load()
+    except FileNotFoundError:
+        return None
     except Exception as error:  # a broken pickle can raise nearly anything
         raise UserError(f"cannot read {path} ({error}): prepare the dataset again") from None
     return check_meta(meta, path)

@@ -109,7 +109,7 @@ def test_the_keys_that_a_checkpoint_lacks_are_named(path, contents):
     for missing in ("model", "model_args"):
         torch.save({key: contents[key] for key in contents.keys() - {missing}},
                    path.parent.parent / "other.pt")
-        with pytest.raises(UserError, match=f"lacks {missing}$"):
+        with pytest.raises(UserError, match=f"lacks {missing};"):
             checkpoint.load(path.parent.parent / "other.pt")
 
 
@@ -126,6 +126,13 @@ def test_a_list_is_no_checkpoint(tmp_path):
      ["transformer.h.2.ln_1.weight", "unknown"]),
     (lambda state: state.update({"transformer.wpe.weight": torch.ones(8, 16)}),
      ["transformer.wpe.weight", "(8, 16)", "(16, 16)"]),
+    (lambda state: state.update({"transformer.wpe.weight": "text"}),
+     ["transformer.wpe.weight", "str", "(16, 16)"]),
+    (lambda state: state.update({5: torch.ones(16)}), ["5", "unknown"]),
+    (lambda state: state["transformer.h.0.ln_1.weight"].fill_(float("nan")),
+     ["transformer.h.0.ln_1.weight", "not finite"]),
+    (lambda state: state["transformer.h.1.ln_2.bias"][:1].fill_(float("inf")),
+     ["transformer.h.1.ln_2.bias", "not finite"]),
 ])
 def test_tensors_that_do_not_fit_are_named(path, contents, change, words):
     change(contents["model"])
@@ -136,7 +143,8 @@ def test_tensors_that_do_not_fit_are_named(path, contents, change, words):
         assert word in str(refused.value)
 
 
-@pytest.mark.parametrize("args", [{"n_head": 3}, {"windows": 3}])
+@pytest.mark.parametrize("args", [
+    {"n_head": 3}, {"windows": 3}, {"n_layer": "two"}, {"n_embd": 16.0}, {"vocab_size": None}])
 def test_model_args_that_make_no_model_are_a_user_error(path, contents, args):
     checkpoint.save(path, contents | {"model_args": contents["model_args"] | args})
     with pytest.raises(UserError, match=next(iter(args))):
@@ -284,11 +292,31 @@ def test_an_optimizer_state_in_another_order_is_a_user_error(path, contents):
         checkpoint.load_optimizer(optimizer, None, {"path": path, "optimizer": saved})
 
 
-@pytest.mark.parametrize("name", ["model", "model_args"])
-def test_parts_of_another_type_are_a_user_error(path, contents, name):
-    checkpoint.save(path, contents | {name: 5})
-    with pytest.raises(UserError, match="is no checkpoint"):
+@pytest.mark.parametrize("name, value", [
+    ("model", 5), ("model_args", None), ("config", "n_layer=2"), ("iter_num", "many"),
+    ("history", {"iter": 0}), ("meta", {"a": 1})])
+def test_parts_of_another_type_are_a_user_error(path, contents, name, value):
+    checkpoint.save(path, contents | {name: value})
+    with pytest.raises(UserError, match=rf"ckpt\.pt .*(its {name} is|holds no vocab)"):
         checkpoint.load(path)
+
+
+def test_a_restored_setting_of_another_type_is_a_user_error_unless_it_is_given(path, contents):
+    saved = {"path": path, **contents, "config": {"batch_size": "four", "dataset": "text"}}
+    settings = {"batch_size": 12, "dataset": "openwebtext"}
+    with pytest.raises(UserError, match=r"ckpt\.pt holds batch_size = 'four'.*--batch_size="):
+        checkpoint.restore_settings(settings, {}, saved)
+    restored = checkpoint.restore_settings(settings, {"batch_size": 8}, saved)
+    assert restored == {"batch_size": 8, "dataset": "text"}
+
+
+@pytest.mark.parametrize("value", [[1, 2], "text", {}, {"state": {}, "param_groups": [{}]},
+                                   {"state": {0: 5}, "param_groups": [{"params": [0]}]}], ids=repr)
+def test_what_is_no_optimizer_state_is_a_user_error(path, contents, value):
+    gpt = checkpoint.build_model({"path": path, **contents})
+    optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95))
+    with pytest.raises(UserError, match="optimizer does not fit"):
+        checkpoint.load_optimizer(optimizer, None, {"path": path, "optimizer": value})
 
 
 def test_each_fresh_start_keeps_all_that_was_before(tmp_path, contents):

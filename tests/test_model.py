@@ -334,6 +334,11 @@ def test_sampling_settings_out_of_range_are_named(gpt, idx, options, word):
         gpt.generate(idx, **({"max_new_tokens": 2} | options))
 
 
+def test_a_top_p_too_small_for_float32_takes_the_likeliest(gpt, idx):
+    assert torch.equal(gpt.generate(idx[:, :4], 6, top_p=1e-300),
+                       gpt.generate(idx[:, :4], 6, temperature=0))
+
+
 def test_an_empty_prompt_is_refused(gpt):
     with pytest.raises(ValueError, match="empty"):
         gpt.generate(torch.zeros(1, 0, dtype=torch.long), 2)
