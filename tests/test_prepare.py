@@ -89,14 +89,12 @@ def write_parquet(path: Path, documents: list, field: str = "text") -> Path:
 
 
 def refused(done: subprocess.CompletedProcess, out: Path) -> str:
-    """The one line that a run ended in, without output; a progress bar may stand before it."""
+    """The one line that a run ended in, without output."""
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    *before, last = done.stderr.splitlines()
-    assert last.startswith("error: ")
-    assert not [line for line in before if line and "B/s" not in line]
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
     assert not list(out.glob("*.bin*"))
-    return last
+    return done.stderr
 
 
 # ------------------------------------------------------------------------------------- Shakespeare
@@ -124,14 +122,6 @@ def test_shakespeare_in_gpt2s_encoding_has_the_known_counts_and_round_trips(repo
     assert (len(train), len(val)) == (301_966, 36_059)
     assert tiktoken.get_encoding("gpt2").decode(train + val) == SHAKESPEARE.read_text()
     assert not (folder / "meta.pkl").exists()
-
-
-@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char"])
-def test_without_input_and_network_shakespeare_says_what_to_do_by_hand(repo, name):
-    folder = repo / "data" / name
-    done = run(folder / "prepare.py", "--url=http://127.0.0.1:9/x", NO_PROXY="*")
-    assert f"save it by hand as {folder}/input.txt" in refused(done, folder)
-    assert [path.name for path in folder.iterdir()] == ["prepare.py"]
 
 
 def test_a_shakespeare_set_takes_any_text_as_input(repo):
@@ -279,61 +269,6 @@ def test_the_vocabulary_of_an_earlier_character_dataset_is_removed(tmp_path):
     done = openwebtext(tmp_path, f"--input={write_jsonl(tmp_path / 'a.jsonl', ['one', 'two'])}")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "meta.pkl").exists()
-
-
-def test_one_document_can_not_be_split(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", ["alone"])
-    assert "1 of 1 documents leaves none to train on" \
-        in refused(openwebtext(tmp_path, f"--input={path}"), tmp_path)
-
-
-def test_an_input_that_nothing_matches_is_named(tmp_path):
-    assert f"no file matches --input={tmp_path}/*.jsonl" \
-        in refused(openwebtext(tmp_path, f"--input={tmp_path}/*.jsonl"), tmp_path)
-
-
-def test_a_wrong_ending_is_answered_with_the_choices(tmp_path):
-    (tmp_path / "a.json").write_text('{"text": "one"}')
-    assert "expected one of .parquet, .jsonl, .txt (did you mean .jsonl?)" \
-        in refused(openwebtext(tmp_path, f"--input={tmp_path}/a.json"), tmp_path)
-
-
-@pytest.mark.parametrize("name", ["a.parquet", "a.txt"])
-def test_a_file_that_can_not_be_read_is_named(tmp_path, name):
-    (tmp_path / name).write_bytes(b"\xff\xfe no such text")
-    assert name in refused(openwebtext(tmp_path, f"--input={tmp_path / name}"), tmp_path)
-
-
-def test_a_line_that_is_no_document_ends_the_run_without_output(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", texts(20))
-    with open(path, "a") as file:
-        file.write('{"text": "cut o\n')
-    last = refused(openwebtext(tmp_path / "out", f"--input={path}"), tmp_path / "out")
-    assert "expected a document with a field `text`" in last
-    assert "cut o" in last
-
-
-@pytest.mark.parametrize(("documents", "field"), [
-    (["one", "two", "three"], "txt"), (["one", None, "three"], "text"), ([1, 2, 3], "text")],
-    ids=["no text", "null", "numbers"])
-def test_parquet_rows_without_text_end_the_run_in_a_sentence(tmp_path, documents, field):
-    path = write_parquet(tmp_path / "a.parquet", documents, field)
-    assert "text" in refused(openwebtext(tmp_path / "out", f"--input={path}"), tmp_path / "out")
-
-
-def test_a_damaged_parquet_file_is_named_and_not_the_output(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", texts(2000))
-    data = bytearray(path.read_bytes())
-    data[100:len(data) // 2] = bytes(len(data) // 2 - 100)
-    path.write_bytes(data)
-    last = refused(openwebtext(tmp_path / "out", f"--input={path}"), tmp_path / "out")
-    assert "a.parquet" in last
-    assert "cannot write" not in last
-
-
-def test_a_file_in_place_of_the_folder_is_one_sentence(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
-    assert str(path) in refused(openwebtext(path, f"--input={path}"), tmp_path)
 
 
 def test_a_disk_too_small_is_noticed_before_anything_is_written(tmp_path):

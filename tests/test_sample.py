@@ -1,6 +1,5 @@
 """sample.py, run as users run it: prompts, streaming, stopping, which weights, refusals."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -123,42 +122,3 @@ def test_a_local_gpt2_continues_greedily_as_in_transformers(gpt2):
         with torch.no_grad():
             ids.append(hf(torch.tensor([ids])).logits[0, -1].argmax().item())
     assert texts.split("\n---------------\n") == [bpe.decode(ids)] * 2 + [""]
-
-
-# What is wrong: the argument, and what the error must name.
-REFUSALS = {
-    "unknown characters": ("--start=tZ#", ["'#'", "'Z'", "vocabulary"]),
-    "no checkpoint": ("--checkpoint=last.pt", ["last.pt", "train"]),
-    "empty prompt": ("--start=", ["start"]),
-    "empty prompt file": ("--start=FILE:{tmp}/empty.txt", ["empty"]),
-    "no prompt file": ("--start=FILE:{tmp}/missing.txt", ["missing.txt", "No such file"]),
-    "prompt not UTF-8": ("--start=FILE:{tmp}/latin.txt", ["latin.txt", "utf-8"]),
-    "stop of two tokens": ("--stop=be", ["stop = 'be'", "2"]),
-    "top_k of none": ("--top_k=0", ["top_k = 0", "None"]),
-    "top_p beyond all": ("--top_p=2", ["top_p = 2", "<= 1"]),
-}
-
-
-@pytest.fixture(scope="module")
-def refusals(out, tmp_path_factory) -> dict:
-    """All refusals, made two at a time."""
-    tmp = tmp_path_factory.mktemp("prompts")
-    (tmp / "empty.txt").write_text("")
-    (tmp / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-
-    def refused(case: str):
-        return run(ROOT / "sample.py", "--device=cpu", f"--out_dir={out}",
-                   REFUSALS[case][0].format(tmp=tmp))
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(REFUSALS, pool.map(refused, REFUSALS), strict=True))
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_a_users_mistake_is_answered_in_one_line(case, refusals):
-    done = refusals[case]
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    for word in REFUSALS[case][1]:
-        assert word in done.stderr

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,6 @@ import transformers
 from conftest import ROOT, TINY, run, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.bins import write_text_dataset
-from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -513,69 +510,6 @@ def test_a_compiled_run_computes_the_same_and_saves_plain_names(four_by_two, com
     assert losses(out / "compiled")[0] == pytest.approx(losses(four_by_two)[0], rel=1e-5)
     assert load(out / "compiled" / "ckpt.pt")["model"].keys() == load(
         four_by_two / "ckpt.pt")["model"].keys()
-
-
-# ---------------------------------------------------------------------------------------- refusals
-
-# What is wrong: the arguments after those of a good run, and what the error must name.
-REFUSALS = {
-    "no such dataset": ("--dataset={tmp}/nowhere", ["nowhere", "prepare the dataset"]),
-    "ids beyond the vocabulary": ("--dataset={beyond}", ["val.bin", "200", "14"]),
-    "data shorter than a block": ("--dataset={short}", ["val.bin", "block_size", "16"]),
-    "warm-up without end": ("--warmup_iters=8", ["warmup_iters = 8", "lr_decay_iters = 8"]),
-    "dropout out of range": ("--dropout=1.5", ["dropout = 1.5", "< 1"]),
-    "no such device": ("--device=cudas", ["cudas", "cpu, cuda, mps", "did you mean cuda?"]),
-    "no GPU": ("--device=cuda", ["device = 'cuda'", "cpu"]),
-    "float16 on a CPU": ("--dtype=float16", ["float16", "bfloat16", "float32"]),
-    "another tokenizer": ("--init_from=resume --dataset={other}", ["14 characters", "other"]),
-    "another shape": ("--init_from=resume --n_layer=3", ["n_layer = 3", "2", "ckpt.pt"]),
-    "another shape than the weights": ("--init_from={out_dir}/ckpt.pt --activation=relu",
-                                       ["activation = 'relu'", "gelu_tanh", "ckpt.pt"]),
-    "nothing to resume": ("--init_from=resume --out_dir={tmp}/nothing",
-                          ["nothing", "ckpt.pt", "--init_from=auto"]),
-}
-
-
-@pytest.fixture(scope="module")
-def refusals(whole, text_dataset, tmp_path_factory) -> dict:
-    """All refusals, two at a time: (finished process, what was in out_dir, and what is)."""
-    tmp = tmp_path_factory.mktemp("refusals")
-    beyond, short, other = (tmp / name for name in ("beyond", "short", "other"))
-    for folder in (beyond, short):
-        shutil.copytree(text_dataset, folder)
-    np.array([0, 1, 200] * 100, "<u2").tofile(beyond / "val.bin")
-    np.zeros(16, "<u2").tofile(short / "val.bin")
-    text = "another alphabet " * 100
-    write_text_dataset(other, text, CharTokenizer(CharTokenizer.meta_of(text)),
-                       CharTokenizer.meta_of(text))
-
-    def refused(case: str) -> tuple:
-        out_dir = tmp / case.replace(" ", "_")
-        shutil.copytree(whole, out_dir)
-        before = contents(out_dir)
-        args = REFUSALS[case][0].format(tmp=tmp, beyond=beyond, short=short, other=other,
-                                        out_dir=out_dir)
-        done = run(ROOT / "train.py", *TINY, f"--dataset={text_dataset}", f"--out_dir={out_dir}",
-                   *args.split())
-        return done, before, contents(out_dir)
-
-    with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(REFUSALS, pool.map(refused, REFUSALS), strict=True))
-    assert not (tmp / "nothing").exists()
-    return found
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_a_users_mistake_is_answered_in_one_line_and_touches_nothing(case, refusals):
-    if case == "no GPU" and torch.cuda.is_available():
-        pytest.skip("there is one")
-    done, before, after = refusals[case]
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    for word in REFUSALS[case][1]:
-        assert word in done.stderr
-    assert after == before
 
 
 def test_restored_settings_are_printed(resumption):

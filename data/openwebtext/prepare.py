@@ -111,7 +111,8 @@ if __name__ == "__main__":
         paths = sorted(map(Path, [input] if os.path.exists(input)
                            else glob.glob(input, recursive=True)))
         if not paths:
-            raise UserError(f"no file matches --input={input}")
+            raise UserError(f"no file matches --input={input}: give a {', '.join(ENDINGS)} file, "
+                            f"or a glob of such files")
         for path in paths:
             choose(f"the ending of {path}", path.suffix, ENDINGS)
         counts, sizes = zip(*map(measure, paths), strict=True)
