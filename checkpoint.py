@@ -82,9 +82,11 @@ def _verify(path: Path, skip_tensors: bool) -> None:
         if file.read(2) != b"PK":  # the format before torch 1.6, without checksums
             return
         with zipfile.ZipFile(file) as archive:
-            for name in archive.namelist():
-                if not (skip_tensors and "/data/" in name):
-                    with archive.open(name) as part:
+            for info in archive.infolist():
+                if info.external_attr & 0x10:  # torch reads nothing of what it takes for a folder
+                    raise zipfile.BadZipFile(f"{info.filename} is marked as a folder")
+                if not (skip_tensors and "/data/" in info.filename):
+                    with archive.open(info) as part:
                         while part.read(2**20):  # raises BadZipFile at the end if the sum differs
                             pass
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import checkpoint
 from configurator import UserError
@@ -98,6 +100,78 @@ def test_a_damaged_checkpoint_is_a_user_error(path, contents, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match="cannot read checkpoint .*ckpt.pt"):
         checkpoint.load(path)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, bytes]:
+    """A checkpoint of 2 KB, and its bytes; load needs no whole model."""
+    path = tmp_path_factory.mktemp("small") / "ckpt.pt"
+    checkpoint.save(path, {"model": {"w": torch.arange(6).reshape(2, 3) / 7, "b": torch.arange(3)},
+                           "model_args": SHAPE, "iter_num": 3, "history": [{"val_loss": 1.5}]})
+    return path, path.read_bytes()
+
+
+def equal(ours: object, reference: object) -> bool:
+    """Whether two checkpoints, or parts of them, hold the same."""
+    if isinstance(reference, dict):
+        return (isinstance(ours, dict) and ours.keys() == reference.keys()
+                and all(equal(ours[key], reference[key]) for key in reference))
+    if isinstance(reference, torch.Tensor):
+        return torch.equal(ours, reference)
+    return type(ours) is type(reference) and ours == reference
+
+
+def loads_equal_or_is_refused(path: Path, content: bytes, reference: dict) -> bool:
+    path.write_bytes(content)
+    try:
+        return equal(checkpoint.load(path), reference)
+    except UserError as error:
+        return "ckpt.pt" in str(error)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.data())
+def test_one_changed_byte_anywhere_is_harmless_or_refused(small, data):
+    path, content = small
+    path.write_bytes(content)
+    reference = checkpoint.load(path)
+    place = data.draw(st.integers(0, len(content) - 1))
+    byte = data.draw(st.integers(0, 255))
+    assert loads_equal_or_is_refused(
+        path, content[:place] + bytes([byte]) + content[place + 1:], reference)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_checkpoint_cut_anywhere_is_refused(small, data):
+    path, content = small
+    path.write_bytes(content[:data.draw(st.integers(0, len(content) - 1))])
+    with pytest.raises(UserError, match=r"cannot read checkpoint .*ckpt\.pt"):
+        checkpoint.load(path)
+
+
+def test_a_flipped_bit_in_a_tensor_is_refused(small):
+    path, content = small
+    place = content.index((torch.arange(6) / 7).numpy().tobytes())
+    for bit in range(8 * 24):
+        changed = bytearray(content)
+        changed[place + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match="damaged"):
+            checkpoint.load(path)
+
+
+def test_a_tensor_marked_as_a_folder_is_refused(small):
+    # One bit in the archive's directory, and torch.load leaves the tensor as it finds the memory.
+    path, content = small
+    entries = [place for place in range(len(content)) if content.startswith(b"PK\1\2", place)]
+    for place in entries:
+        changed = bytearray(content)
+        changed[place + 38] |= 0x10
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match="damaged"):
+            checkpoint.load(path)
+    assert len(entries) > 2
 
 
 def test_a_missing_checkpoint_is_a_user_error(path):
