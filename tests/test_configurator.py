@@ -5,6 +5,7 @@ import io
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -391,23 +392,31 @@ def test_user_errors_keeps_the_sentence_of_a_value_error():
 
 PRINTABLE = st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"]), max_size=40)
 VALUES = st.one_of(PRINTABLE, st.floats().map(str), st.integers().map(str), st.booleans().map(str))
-ARGUMENTS = st.lists(st.one_of(
-    PRINTABLE, PRINTABLE.map("--{}".format), st.sampled_from(["--help", "-h", "--", "-", ""]),
-    st.tuples(st.sampled_from(NAMES) | PRINTABLE, VALUES).map("--{0[0]}={0[1]}".format)),
-    max_size=4)
+# What train.py does before it reads its arguments: settings as users have them.
+TRAIN = (ROOT / "train.py").read_text(encoding="utf-8").partition("\nconfig, given")[0]
 
 
-@settings(max_examples=300, deadline=None)
-@given(ARGUMENTS)
-def test_any_arguments_configure_or_end_in_a_user_error(script, argv):
-    namespace = {"__file__": str(script), "__annotations__": {}}
-    exec(SCRIPT, namespace)
+def arguments_of(names: list[str]) -> st.SearchStrategy[list[str]]:
+    """Any printable words, some of them with the names of settings, some with sensible values."""
+    return st.lists(st.one_of(
+        PRINTABLE, PRINTABLE.map("--{}".format), st.sampled_from(["--help", "-h", "--", "-", ""]),
+        st.tuples(st.sampled_from(names) | PRINTABLE, VALUES).map("--{0[0]}={0[1]}".format)),
+        max_size=4)
+
+
+def configure_or_refuse(text: str, path: Path, argv: list[str]) -> None:
+    """See a script take any arguments, or end in its own error or help."""
+    namespace = {"__file__": str(path), "__annotations__": {}}
+    exec(text, namespace)
+    kinds = {name: typing.get_args(kind) for name, kind in namespace["__annotations__"].items()}
+    before = dict(namespace)
     hook = sys.excepthook
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             config, _ = configure(namespace, argv)
-        assert [type(config[name]) for name in ("count", "rate", "name", "flag")] \
-            == [int, float, str, bool]
+        for name, value in config.items():
+            assert type(value) in kinds.get(name, (type(before[name]),))
+            assert namespace[name] == value
     except UserError as error:
         assert str(error)
     except SystemExit as stop:
@@ -415,6 +424,18 @@ def test_any_arguments_configure_or_end_in_a_user_error(script, argv):
         assert "--help" in argv or "-h" in argv
     finally:
         sys.excepthook = hook
+
+
+@settings(max_examples=300, deadline=None)
+@given(arguments_of(NAMES))
+def test_any_arguments_configure_or_end_in_a_user_error(script, argv):
+    configure_or_refuse(SCRIPT, script, argv)
+
+
+@settings(max_examples=300, deadline=None)
+@given(arguments_of(RELIED_ON["train.py"].split()))
+def test_any_arguments_configure_train_py_or_end_in_a_user_error(argv):
+    configure_or_refuse(TRAIN, ROOT / "train.py", argv)
 
 
 # ------------------------------------------------------------------------------------------- help
