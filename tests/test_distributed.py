@@ -242,10 +242,11 @@ def silent(starter: Starter) -> tuple[int, str, int | None]:
 # At the end of the run, the threads of gloo are the last to get a core.
 LATE_THREADS = """
 if step == 19 and sys.platform == "linux":
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    for thread in os.listdir("/proc/self/task"):
+    core = {min(os.sched_getaffinity(0))}
+    for thread in map(int, os.listdir("/proc/self/task")):
+        os.sched_setaffinity(thread, core)
         if "gloo" in open(f"/proc/self/task/{thread}/comm").read():
-            os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 """
 
 
