@@ -327,17 +327,6 @@ def test_a_batch_does_not_depend_on_how_it_is_split(four_by_two, eight_by_one):
             [record[key] for record in steps(four_by_two)[::3]], rel=1e-4)
 
 
-def test_two_processes_train_like_one(four_by_two, text_dataset, tmp_path):
-    done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               ROOT / "train.py", *TINY, *SPLIT, f"--dataset={text_dataset}",
-               f"--out_dir={tmp_path}", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    assert len(records(tmp_path)) == len(records(four_by_two))
-    for ours, reference in zip(records(tmp_path), records(four_by_two), strict=True):
-        for key in reference.keys() - TIMES - {"mfu"}:
-            assert ours[key] == pytest.approx(reference[key], rel=1e-4), key
-
-
 # -------------------------------------------------------------------------------------- checkpoints
 
 def test_checkpoints_have_the_documented_keys(whole):
