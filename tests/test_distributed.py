@@ -28,6 +28,7 @@ RUN = [*TINY, "--batch_size=5", "--eval_iters=0", "--gradient_accumulation_steps
        "--dropout=0.1", "--max_iters=24", "--lr_decay_iters=24", "--eval_interval=8",
        "--keep_every=8", "--init_from=auto"]
 PLAIN = ["--dropout=0", "--gradient_accumulation_steps=4", "--max_iters=20"]
+BFLOAT16 = ["--dtype=bfloat16", "--log_interval=3"]
 HANG_S = 300  # no start takes that long
 
 SITECUSTOMIZE = """
@@ -283,7 +284,7 @@ def handed_on(undisturbed) -> Path:
 
 @story
 def whole_bfloat16(starter: Starter) -> Path:
-    starter.torchrun(2, "whole_bfloat16", "--dtype=bfloat16")
+    starter.torchrun(2, "whole_bfloat16", *BFLOAT16)
     return starter.folder / "whole_bfloat16"
 
 
@@ -316,11 +317,11 @@ def stopped(starter: Starter) -> tuple[Path, dict[str, tuple[Done, int]], float]
     """
     folder, ends = starter.folder / "stopped", {}
     for name, (restarts, fault) in STOPS.items():
-        done = starter.torchrun(2, "stopped", "--dtype=bfloat16", fault=fault, restarts=restarts,
+        done = starter.torchrun(2, "stopped", *BFLOAT16, fault=fault, restarts=restarts,
                                 status=1)
         ends[name] = done, steps_done(folder)
     outlived_s = time.time() - float(starter.notes("stopped", "killed", 1)[0])
-    starter.torchrun(2, "stopped", "--dtype=bfloat16")
+    starter.torchrun(2, "stopped", *BFLOAT16)
     return folder, ends, outlived_s
 
 
