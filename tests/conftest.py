@@ -28,12 +28,16 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_
         "--device=cpu", "--dtype=float32"]
 
 
-# Files whose tests take a minute and more; the short ones fill what time is left beside them.
-LONG = ["test_distributed.py", "test_survival.py", "test_train.py"]
+# Files that keep two cores busy by themselves; side by side they would only hold each other up.
+BUSY = ["test_bad_inputs.py", "test_distributed.py", "test_survival.py"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """What one worker of pytest-xdist runs, one after the other."""
+    for item in items:
+        name = item.path.name
+        item.add_marker(pytest.mark.xdist_group("busy" if name in BUSY else name))
 
 
 @pytest.fixture(scope="session", autouse=True)
