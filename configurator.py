@@ -48,6 +48,8 @@ def configure(settings: dict, argv: list[str] | None = None) -> tuple[dict, dict
     and exit status 2, an uncaught RunError in one line and exit status 1.
     """
     sys.excepthook = _end_in_one_line
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of few characters shows \\xe9 for é
+        sys.stdout.reconfigure(errors="backslashreplace")
     kinds = _kinds(settings)
     defaults = {name: settings[name] for name in kinds}
     given = {}

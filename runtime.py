@@ -6,6 +6,7 @@ so that two runs on one machine choose alike.
 
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -146,8 +147,10 @@ def start(device: str | None, dtype: str | None, compile: bool | None,
         device = torch.device("cpu")  # gloo has no tensors on MPS
     elif device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)  # set_device wants its number
+    if backend == "nccl" and world_size > 1 and device.type != "cuda":
+        raise UserError("backend = 'nccl' needs GPUs: leave it out, or use --backend=gloo")
     dtype = choose_dtype(dtype, device)
-    compile = device.type == "cuda" if compile is None else compile
+    compile = choose_compile(compile, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -255,6 +258,17 @@ def choose_dtype(dtype: str | None, device: torch.device) -> str:
     if dtype == "float16" and device.type == "cpu":
         raise UserError("dtype = 'float16' needs a GPU: use bfloat16 or float32 on a CPU")
     return dtype
+
+
+def choose_compile(compile: bool | None, device: torch.device) -> bool:
+    """Whether to compile; None chooses to on a GPU, with the compiler that torch needs for it."""
+    variable, *names = (("CC", "gcc", "clang") if device.type == "cuda"
+                        else ("CXX", "g++", "clang++"))
+    there = any(shutil.which(name) for name in (os.environ.get(variable) or "", *names))
+    if compile and not there:
+        raise UserError(f"compile = True needs a compiler, but neither {' nor '.join(names)} is "
+                        f"here: install one, name yours in {variable}, or use --compile=False")
+    return device.type == "cuda" and there if compile is None else compile
 
 
 def seed_torch(*key: int) -> None:

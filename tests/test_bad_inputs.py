@@ -478,6 +478,12 @@ CASES = {
     "float16 on a CPU": Case(
         "train --dtype=float16", ["float16", "use bfloat16 or float32"]),
     "an unknown backend": Case("train --backend=glo", ["'glo'", "nccl, gloo", "did you mean gloo"]),
+    "NCCL on a CPU": Case(
+        "train --backend=nccl", ["backend = 'nccl'", "GPUs", "--backend=gloo"],
+        environment={"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}),
+    "compilation without a compiler": Case(
+        "train --compile=True", ["compile = True", "g++", "--compile=False"],
+        environment={"PATH": "/none", "CXX": ""}),
     "processes that do not divide the micro-batches": Case(
         "train", ["gradient_accumulation_steps = 2", "3 processes", "a multiple of 3"],
         environment={"RANK": "0", "WORLD_SIZE": "3"}),

@@ -575,6 +575,14 @@ def test_a_missing_package_is_named_with_how_to_get_it(tmp_path):
                            "pip install -r requirements.txt\n")
 
 
+def test_characters_that_the_terminal_lacks_are_escaped(tmp_path):
+    script = write_script(tmp_path, "print(name)")
+    script.write_text("name = 'x'\n" + script.read_text())
+    done = run(script, "--name=caf\xe9", PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "settings: name='caf\\xe9'\ncaf\\xe9\n"
+
+
 @pytest.mark.parametrize("line, words", [
     ("bytearray(10**18)", "error: out of memory (MemoryError): choose smaller sizes"),
     ("import numpy; numpy.empty(10**17)", "Unable to allocate 711. PiB"),

@@ -8,7 +8,7 @@ import torch
 
 import runtime
 from configurator import UserError
-from runtime import Runtime, StopSignals, choose_device, choose_dtype, seed_torch
+from runtime import Runtime, StopSignals, choose_compile, choose_device, choose_dtype, seed_torch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -93,6 +93,49 @@ def test_a_gpu_is_set_by_its_number(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     assert runtime.start(None, None, None).device == torch.device("cuda", 0)
     assert chosen == [0]
+
+
+# ------------------------------------------------------------------------------- compilation
+
+@pytest.fixture
+def compilers(monkeypatch, tmp_path):
+    """Makes these programs all that there is."""
+    def pretend(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).touch(mode=0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        for variable in ("CC", "CXX"):
+            monkeypatch.delenv(variable, raising=False)
+    return pretend
+
+
+@pytest.mark.parametrize("there, device, expected", [
+    (["gcc"], CUDA, True), (["clang"], CUDA, True), ([], CUDA, False), (["g++"], CUDA, False),
+    (["g++"], CPU, False), ([], CPU, False)])
+def test_a_gpu_compiles_where_there_is_a_compiler(compilers, there, device, expected):
+    compilers(*there)
+    assert choose_compile(None, device) is expected
+    assert choose_compile(False, device) is False
+
+
+@pytest.mark.parametrize("there, device", [
+    (["g++"], CPU), (["clang++"], CPU), (["gcc"], CUDA), (["my-cc"], CPU), (["my-cc"], CUDA)])
+def test_compiling_is_done_where_it_is_asked_for_and_possible(compilers, monkeypatch, there,
+                                                              device):
+    compilers(*there)
+    if there == ["my-cc"]:
+        monkeypatch.setenv("CXX" if device == CPU else "CC", "my-cc")
+    assert choose_compile(True, device) is True
+
+
+@pytest.mark.parametrize("there, device, words", [
+    (["gcc"], CPU, ["g++", "clang++", "CXX"]), ([], CUDA, ["gcc", "clang", "CC"])])
+def test_compiling_without_a_compiler_is_refused(compilers, there, device, words):
+    compilers(*there)
+    with pytest.raises(UserError) as refused:
+        choose_compile(True, device)
+    for word in [*words, "--compile=False"]:
+        assert word in str(refused.value)
 
 
 # --------------------------------------------------------------------------------------- peaks
