@@ -25,5 +25,9 @@ test: $(PYTHON)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pytest -n 2 --dist=loadfile
 
+torture: $(PYTHON)
+	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
+	$(PYTHON) tests/torture.py
+
 .venv/bin/python:
 	python3 -m venv .venv
