@@ -362,6 +362,7 @@ if not eval_only and saved_at != iter_num:
     if stop and bad_steps:
         raise diverged(f"stopped after {bad_steps} steps in a row that were not finite")
     save(checkpoint.NEWEST)
+stop_signals.agreed()  # none leaves before rank 0 has saved: torchrun would end it in the middle
 metrics.close()
 if stop:
     announce(f"stopped by signal {stop} after {iter_num} steps: go on with --init_from=resume")
