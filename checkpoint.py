@@ -54,8 +54,10 @@ def load(path: Path, mmap: bool = False) -> dict:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no checkpoint {path}: train first, or give another path") from None
-    except (PermissionError, IsADirectoryError) as error:
-        raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from None
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror or error}") from None
+    except MemoryError:
+        raise
     except Exception as error:  # torch raises nearly anything for a file that is not whole
         raise UserError(f"cannot read checkpoint {path} ({type(error).__name__}): it is damaged, "
                         f"no checkpoint, or holds more than plain data") from None

@@ -221,7 +221,7 @@ def _end_in_one_line(kind: type, error: BaseException, trace: types.TracebackTyp
     elif issubclass(kind, BrokenPipeError):  # the reader, such as head, has seen enough
         _discard_output()
         raise SystemExit(1)
-    elif issubclass(kind, OSError) and error.errno == errno.ENOSPC:
+    elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error = f"the disk of {error.filename or 'the output'} is full: make room, and start again"
         _discard_output()
     elif issubclass(kind, MemoryError) or (issubclass(kind, RuntimeError)

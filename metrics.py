@@ -126,7 +126,9 @@ class Metrics:
             self.bar.update()
 
     def sync(self) -> None:
-        """See metrics.jsonl on the disk, so that no checkpoint is ahead of it."""
+        """See all records on the disk, so that no checkpoint is ahead of them."""
+        if self.tensorboard:
+            self.tensorboard.flush()
         if self.file:
             os.fsync(self.file.fileno())
 

@@ -167,10 +167,11 @@ def start(device: str | None, dtype: str | None, compile: bool | None,
 
 def join(backend: str, timeout: timedelta) -> None:
     """Meet the other processes. From here on, losing one ends this one with a sentence."""
+    to_meet = max(timeout, timedelta(minutes=10))  # the slowest has to read its checkpoint first
     ours = sys.excepthook  # torch puts its own around it, which swallows what ours prints
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-        store = own_part(store, rank, world_size, timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=to_meet))
+        store = own_part(store, rank, world_size, to_meet)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank,
                                 world_size=world_size)
     except (ValueError, RuntimeError) as error:  # the address is missing, wrong or taken

@@ -233,10 +233,21 @@ def seconds() -> float:
     return seconds_before + time.time() - start_time
 
 
+@torch.no_grad()
+def sound() -> bool:
+    """Whether the weights are finite, and their loss on a batch is: the same in all processes."""
+    model.eval()
+    x, y = rt.to_device(*gather(val_tokens, val_starts[:batch_size], block_size, vocab_size))
+    with rt.autocast():
+        loss = net(x, y)[1]
+    model.train()
+    return bool(loss.isfinite()) and all(p.isfinite().all() for p in model.parameters())
+
+
 def save(name: str) -> None:
-    """Write all that the run needs to go on from here."""
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise diverged(f"the weights after {iter_num} steps are not finite")
+    """Write all that the run needs to go on from here, if the model still works."""
+    if not sound():
+        raise diverged(f"the weights after {iter_num} steps are not finite, or their loss is not")
     if rt.is_main:
         metrics.sync()
         checkpoint.save(Path(out_dir) / name, {
@@ -359,8 +370,6 @@ while True:
 # -------------------------------------------------------------------------------------------- end
 
 if not eval_only and saved_at != iter_num:
-    if stop and bad_steps:
-        raise diverged(f"stopped after {bad_steps} steps in a row that were not finite")
     save(checkpoint.NEWEST)
 stop_signals.agreed()  # none leaves before rank 0 has saved: torchrun would end it in the middle
 metrics.close()

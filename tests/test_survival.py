@@ -185,7 +185,8 @@ def stop_and_go_on(dtype: str, folder: Path, life: Callable, whole: Path) -> tup
         assert state(reference / "ckpt.pt") != state(whole / "ckpt.pt")
     for where, number, n_steps in STOPS[dtype]:
         done = life(ours, f"--dtype={dtype}",
-                    fault=f"if {where}: os.kill(os.getpid(), {number:d})")
+                    fault=f"if {where} and not run.stop_signals.received: "
+                          f"os.kill(os.getpid(), {number:d})")
         assert done.returncode == 128 + number, done.stderr
         assert done.stderr == ""
         assert f"stopped by signal {number:d} after {n_steps} steps" in done.stdout
@@ -402,6 +403,22 @@ def test_a_bad_step_is_printed_and_counted(skipped):
     assert [line.partition(":")[0] for line in lines] == ["iter 5", "iter 8"]
 
 
+def test_a_stop_right_after_a_bad_step_saves_like_any_other(life, tmp_path):
+    fault = "if training and step == 5: loss = loss * math.nan; os.kill(os.getpid(), 15)"
+    done = life(tmp_path, fault=fault)
+    assert done.returncode == 143, done.stderr
+    assert steps_held(tmp_path)["ckpt.pt"] == 6
+    assert load(tmp_path / "ckpt.pt")["bad_steps"] == 1
+    assert state(tmp_path / "ckpt.pt") != state(tmp_path / "ckpt_00000004.pt")
+
+
+def test_weights_without_a_finite_loss_reach_no_numbered_checkpoint(life, whole, tmp_path):
+    before = steps_held(copy(whole, tmp_path))
+    error = error_of(life(tmp_path, *DIVERGING, "--keep_every=2"), status=1)
+    assert "weights after 26 steps" in error and f"go on from {tmp_path}/ckpt.pt" in error
+    assert steps_held(tmp_path) == before
+
+
 def test_after_a_bad_step_the_run_is_the_one_that_leaves_this_update_out(skipped, life, tmp_path):
     torch.save(load(skipped[0] / "ckpt_00000005.pt") | {"iter_num": 6}, tmp_path / "ckpt.pt")
     done = life(tmp_path, "--keep_every=1", "--max_iters=8")
@@ -446,7 +463,7 @@ def test_a_run_that_diverges_ends_after_max_bad_steps_and_keeps_the_last_good_ch
 
 
 @pytest.mark.parametrize("learning_rate, step, words", [
-    ("1e38", 26, "2 steps in a row"), ("1e39", 24, "weights after 25 steps are not finite")])
+    ("1e38", 26, "weights after 27 steps"), ("1e39", 24, "weights after 25 steps")])
 def test_stopping_a_run_that_has_diverged_keeps_the_last_good_checkpoint(
         learning_rate, step, words, life, whole, tmp_path):
     copy(whole, tmp_path)
