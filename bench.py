@@ -1,14 +1,25 @@
-"""How fast does this machine train and sample? Needs neither data nor a GPU.
+"""How fast does this machine train, sample and prepare data, and how fast are our peers on it?
 
-    python bench.py                                          # GPT-2 124M
-    python bench.py --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12
-    python bench.py --profile=True                           # and a trace of where the time goes
+    python bench.py                                            # GPT-2 124M: training and sampling
+    python bench.py --mode=train --batch_size=2 --peer=transformers
+    python bench.py config/train_shakespeare_char.py --mode=train --peer=plain
+    python bench.py --mode=sample --num_samples=10 --json=bench.json
+    python bench.py --mode=data                                # data/openwebtext/prepare.py
+    python bench.py --mode=train --profile=True                # and a trace of where the time goes
 
-Settings are the variables below; config files and --key=value arguments override them.
+Needs neither data nor a GPU. A peer does the same work in turn with us, so that both meet the same
+moods of the machine. Settings are the variables below; config files (what they say of training
+alone is passed over) and --key=value arguments override them.
 """
 
-from configurator import check, choose, configure, user_errors
+from configurator import ROOT, UserError, check, choose, configure, user_errors
 
+mode: str | None = None  # train | sample | data | all; None: train and sample
+peer: str | None = None  # plain (PyTorch's layers, float32, no cache) | transformers; None: alone
+rounds: int | None = None  # that are timed, after a warm-up; None: 20 on a GPU, 5 elsewhere
+json: str | None = None  # a file for every figure, and a description of the machine
+profile = False  # write a torch.profiler trace of two training steps to bench_trace/
+# model
 batch_size: int | None = None  # sequences in a step; None: 12 on a GPU, 1 elsewhere
 block_size = 1024  # tokens in a sequence
 n_layer = 12
@@ -17,138 +28,334 @@ n_embd = 768
 dropout = 0.0
 bias = False  # in Linear and LayerNorm
 activation = "gelu_tanh"  # gelu_tanh | gelu | relu
+# data
 real_data = True  # read the dataset's train.bin if it is there, else make up random tokens
 dataset = "openwebtext"  # a folder under data/, or the absolute path of one
-steps: int | None = None  # training steps to time, after a warm-up; None: 20 on a GPU, 3 elsewhere
-new_tokens = 64  # tokens to sample
+input_mb = 60.0  # JSON lines to prepare in mode data, made of Python's own sources
+# sampling
+num_samples = 1  # drawn together
+new_tokens = 256  # in each
+top_k = 200
+# machine
 seed = 1337
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
 dtype: str | None = None  # float32 | bfloat16 | float16; None: choose
-compile: bool | None = None  # torch.compile; None: on CUDA
-profile = False  # write a torch.profiler trace of two steps to bench_trace/
+compile: bool | None = None  # torch.compile; None: as a training of max_iters steps would choose
+max_iters = 600000  # of the training that is measured
 
-configure(globals())
+config, _ = configure(globals(), others=ROOT / "train.py")
 check(globals(), "batch_size is None or batch_size >= 1", "block_size >= 1", "n_layer >= 1",
-      "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1", "steps is None or steps >= 1",
-      "new_tokens >= 1", "0 <= seed < 2**64")
+      "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1", "rounds is None or rounds >= 1",
+      "0 < input_mb <= 10**5", "num_samples >= 1", "new_tokens >= 1", "top_k >= 1",
+      "max_iters >= 1", "0 <= seed < 2**64", "json != ''")
+modes = {"train": ["train"], "sample": ["sample"], "data": ["data"],
+         "all": ["train", "sample", "data"], "None": ["train", "sample"]}
+modes = modes[choose("mode", str(mode), list(modes))]
+choose("peer", str(peer), ["plain", "transformers", "None"])
+choose("activation", activation, ["gelu_tanh", "gelu", "relu"])
+if peer == "transformers" and "sample" in modes and new_tokens >= block_size:
+    raise UserError(f"new_tokens = {new_tokens}: transformers goes no further than block_size = "
+                    f"{block_size}; choose fewer, or --peer=plain")
 
 import os
+import platform
+import random
+import subprocess
+import sys
+import sysconfig
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
+from json import dumps
+from pathlib import Path
 from statistics import median
 
 import numpy as np
+
+import runtime  # isort: skip - sets how torch allocates
 import torch
+import torch.nn.functional as F
 
-import runtime
-from data.bins import check_vocabulary, dataset_folder, gather, open_bin, random_starts
-from data.tokenizer import load_meta
+from data.bins import (
+    check_vocabulary,
+    dataset_folder,
+    gather,
+    open_bin,
+    prefetch,
+    random_starts,
+    written_whole,
+)
+from data.tokenizer import GPT2Tokenizer, load_meta
 from metrics import Stopwatch
-from model import ACTIVATIONS, GPT, GPTConfig
+from model import GPT, GPTConfig
 
-rt = runtime.start(device, dtype, compile)
-gpu = rt.device.type == "cuda"
-batch_size = batch_size or (12 if gpu else 1)
-steps = steps or (20 if gpu else 3)
+# ---------------------------------------------------------------------------- model and machine
 
-# --------------------------------------------------------------------------------- data and model
-
+torch.manual_seed(seed)
 path = dataset_folder(dataset) / "train.bin"
-found = real_data and os.path.exists(path)
+found = real_data and path.exists() and modes != ["data"]
 meta = load_meta(path.parent) if found else None
 vocab_size = meta["vocab_size"] if meta else 50304
+with user_errors():
+    model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)}))
+batch_size = batch_size or (12 if torch.cuda.is_available() and device != "cpu" else 1)
+flops = model.flops_per_token() * batch_size * block_size * max_iters
+rt = runtime.start(device, dtype, compile, n_embd, flops if "train" in modes else 0)
+gpu = rt.device.type == "cuda"
+rounds = rounds or (20 if gpu else 5)
+
+
+def take_turns(works: dict[str, Callable[[], object]], warmups: int = 1) -> dict[str, list[float]]:
+    """Seconds of each work, by name, in `rounds` rounds after the warm-ups."""
+    seconds = {name: [] for name in works}
+    for i in range(warmups + rounds):
+        for name, work in works.items():
+            rt.synchronize()
+            before = time.perf_counter()
+            work()
+            rt.synchronize()
+            if i >= warmups:
+                seconds[name].append(time.perf_counter() - before)
+    return seconds
+
+
+def compare(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Print and return how many times as long as ours, the first, each peer took."""
+    (_, ours), *peers = seconds.items()
+    ratios = {}
+    for name, theirs in peers:
+        by_round = sorted(their / our for their, our in zip(theirs, ours, strict=True))
+        ratios[name] = median(by_round)
+        print(f"          {name}: {median(theirs) * 1e3:,.1f} ms, {ratios[name]:.2f} times as long "
+              f"({by_round[0]:.2f} to {by_round[-1]:.2f} in {len(by_round)} rounds)")
+    return ratios
+
+
+n = 8192 if gpu else 2048  # long enough to hide the cost of its start
+matrix = torch.randn(n, n, device=rt.device, dtype=getattr(torch, rt.dtype))
+numbers = torch.ones(2**25, device=rt.device)  # 128 MB, beyond all caches
+basics = take_turns({"product": partial(torch.mm, matrix, matrix), "read": numbers.sum})
+matmul_flops_per_s = 2 * n**3 / median(basics["product"])
+bytes_per_s = numbers.nbytes / median(basics["read"])
+del matrix, numbers, basics
+results = {"settings": config, "machine": {
+    "processor": torch.cuda.get_device_name(rt.device) if gpu else
+    torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
+    "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+    "flags": [name for name, there in torch.cpu.get_capabilities().items() if there is True],
+    "system": platform.platform(), "python": platform.python_version(),
+    "torch": torch.__version__, "device": str(rt.device), "dtype": rt.dtype,
+    "matmul_gflops_per_s": matmul_flops_per_s / 1e9, "memory_gb_per_s": bytes_per_s / 1e9}}
+print(f"machine:  {matmul_flops_per_s / 1e9:,.0f} GFLOP/s in a {n}^3 matrix product in {rt.dtype}, "
+      f"{bytes_per_s / 1e9:.1f} GB/s read from memory, {os.cpu_count()} cores")
+
+# --------------------------------------------------------------------------------- data and peers
+
 if found:
     tokens = open_bin(path, block_size)
     check_vocabulary(tokens, vocab_size)
     print(f"tokens of {path}")
-else:
+elif "train" in modes:
     tokens = np.random.default_rng(seed).integers(0, vocab_size, 2**20).astype(np.uint16)
     print(f"random tokens{f', as there is no {path}' if real_data else ''}")
 
-choose("activation", activation, list(ACTIVATIONS))
-torch.manual_seed(seed)
-with user_errors():
-    model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)})).to(rt.device)
-optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=1e-4, betas=(0.9, 0.95))
-net = torch.compile(model) if rt.compile else model
-stopwatch = Stopwatch(rt)
-print(f"{model.get_num_params() / 1e6:.1f}M parameters, {batch_size} x {block_size} tokens a step")
-
-# -------------------------------------------------------------------------------------- matmul
+if modes != ["data"]:
+    model.to(rt.device)
+    print(f"{model.get_num_params() / 1e6:.1f}M parameters, {batch_size} x {block_size} tokens a "
+          f"step")
 
 
-def matmul_flops_per_s(n: int) -> float:
-    """What a plain n x n x n matrix product reaches in the same precision, to compare with."""
-    a, b = (torch.randn(n, n, device=rt.device, dtype=getattr(torch, rt.dtype)) for _ in range(2))
-    times = []
-    for _ in range(6):
-        rt.synchronize()
-        before = time.perf_counter()
-        a @ b
-        rt.synchronize()
-        times.append(time.perf_counter() - before)
-    return 2 * n**3 / median(times[1:])
+class Plain(torch.nn.Module):
+    """The same network of PyTorch's own layers, as one writes it first."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = torch.nn.Embedding(vocab_size, n_embd)
+        self.wpe = torch.nn.Embedding(block_size, n_embd)
+        layer = torch.nn.TransformerEncoderLayer(
+            n_embd, n_head, 4 * n_embd, dropout, partial(F.gelu, approximate="tanh"),
+            batch_first=True, norm_first=True, bias=bias)
+        self.h = torch.nn.TransformerEncoder(
+            layer, n_layer, torch.nn.LayerNorm(n_embd, bias=bias), enable_nested_tensor=False)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        """idx: (B, T) int64; returns the logits, (B, T, V)."""
+        T = idx.size(1)
+        x = F.dropout(self.wte(idx) + self.wpe.weight[:T], dropout, self.training)
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(T, device=idx.device)
+        return self.h(x, mask, is_causal=True) @ self.wte.weight.t()
+
+
+def make_peer() -> torch.nn.Module:
+    if peer == "plain":
+        return Plain().to(rt.device)
+    import transformers
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=vocab_size, n_positions=block_size, n_embd=n_embd, n_layer=n_layer,
+        n_head=n_head, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+        bos_token_id=None, eos_token_id=None)).to(rt.device)
 
 
 # -------------------------------------------------------------------------------------- training
 
+if "train" in modes:
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95))
+    net = rt.compiled(model)
+    stopwatch = Stopwatch(rt)
+    batches = prefetch(rt.to_device(*gather(
+        tokens, random_starts(len(tokens), block_size, batch_size, (seed, i)), block_size,
+        vocab_size)) for i in iter(int, 1))  # without end
 
-def train_step(i: int) -> None:
-    stopwatch.start()
-    starts = random_starts(len(tokens), block_size, batch_size, (seed, i))
-    x, y = rt.to_device(*gather(tokens, starts, block_size, vocab_size))
-    stopwatch.lap("data")
-    with rt.autocast():
-        loss = net(x, y)[1]  # a name for the logits would keep them in memory
-    stopwatch.lap("forward")
-    loss.backward()
-    stopwatch.lap("backward")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    stopwatch.lap("optimizer")
+    def train_step() -> None:
+        stopwatch.start()
+        x, y = next(batches)
+        stopwatch.lap("data")
+        with rt.autocast():
+            loss = net(x, y, loss_only=True)[1]
+        stopwatch.lap("forward")
+        loss.backward()
+        stopwatch.lap("backward")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        stopwatch.lap("optimizer")
 
+    for _ in range(3 if rt.compile else 2):
+        train_step()  # allocates, and compiles
+    stopwatch.read()
+    memory = rt.peak_memory()  # before a peer adds to it
+    works = {"ours": train_step}
 
-n = 8192 if gpu else 2048  # long enough to hide the cost of its start
-bound = matmul_flops_per_s(n)
-for i in range(3 if rt.compile else 1):
-    train_step(i)  # allocates, and compiles
-stopwatch.read()
-timings = []
-for i in range(steps):
-    train_step(i)
-    timings.append(stopwatch.read())
-phases_ms = {phase: median(t[phase] for t in timings) for phase in timings[0]}
-dt = median(sum(t.values()) for t in timings) / 1e3
-flops_per_s = model.flops_per_token() * batch_size * block_size / dt
-mfu = model.estimate_mfu(batch_size, dt, rt.peak_flops())
-print(f"training: {batch_size * block_size / dt:,.0f} tok/s, {dt * 1e3:,.1f} ms a step ("
-      + ", ".join(f"{phase} {ms:.1f}" for phase, ms in phases_ms.items())
-      + f"), median of {steps}")
-print(f"          {flops_per_s / 1e9:,.0f} GFLOP/s, {flops_per_s / bound:.0%} of the "
-      f"{bound / 1e9:,.0f} GFLOP/s of a {n}^3 matrix product in {rt.dtype}"
-      + (f", MFU {mfu:.1%}" if mfu else ""))
-print(f"          {rt.peak_memory() / 1e9:.2f} GB peak memory")
+    if peer:
+        their_model = make_peer()
+        their_optimizer = torch.optim.AdamW(their_model.parameters(), 1e-4,
+                                            fused=peer == "transformers")
 
-if profile:
-    handler = torch.profiler.tensorboard_trace_handler("bench_trace")
-    with torch.profiler.profile(on_trace_ready=handler, record_shapes=True):
-        train_step(0)
-        train_step(1)
-        rt.synchronize()
-    print("          trace in bench_trace/: open it at https://ui.perfetto.dev")
+        def their_step() -> None:
+            x, y = next(batches)
+            if peer == "plain":
+                logits = their_model(x)
+            else:
+                with rt.autocast():
+                    logits = their_model(x).logits
+            F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).backward()
+            their_optimizer.step()
+            their_optimizer.zero_grad(set_to_none=True)
+
+        works[peer] = their_step
+
+    seconds = take_turns(works)
+    phases_ms = stopwatch.read()
+    dt = median(seconds["ours"])
+    flops_per_s = model.flops_per_token() * batch_size * block_size / dt
+    mfu = model.estimate_mfu(batch_size, dt, rt.peak_flops())
+    print(f"training: {batch_size * block_size / dt:,.0f} tok/s, {dt * 1e3:,.1f} ms a step ("
+          + ", ".join(f"{phase} {ms:.1f}" for phase, ms in phases_ms.items())
+          + f"), median of {rounds}")
+    print(f"          {flops_per_s / 1e9:,.0f} GFLOP/s, {flops_per_s / matmul_flops_per_s:.0%} of "
+          f"the matrix product{f', MFU {mfu:.1%}' if mfu else ''}")
+    print(f"          {memory / 1e9:.2f} GB peak memory")
+    results["train"] = {
+        "parameters": model.get_num_params(), "compiled": rt.compile,
+        "tokens_per_s": batch_size * block_size / dt, "step_ms": dt * 1e3, "phases_ms": phases_ms,
+        "gflops_per_s": flops_per_s / 1e9, "of_matmul": flops_per_s / matmul_flops_per_s,
+        "mfu": mfu, "peak_memory_gb": memory / 1e9, "times_as_long": compare(seconds)}
+    if profile:
+        handler = torch.profiler.tensorboard_trace_handler("bench_trace")
+        with torch.profiler.profile(on_trace_ready=handler, record_shapes=True):
+            train_step()
+            train_step()
+            rt.synchronize()
+        print("          trace in bench_trace/: open it at https://ui.perfetto.dev")
+    del net, optimizer, works
+    if peer:
+        del their_model, their_optimizer
 
 # -------------------------------------------------------------------------------------- sampling
 
-model.eval()
-idx = torch.zeros(1, 1, dtype=torch.long, device=rt.device)
-n_new = min(new_tokens, block_size)
-times = []
-with rt.autocast():
-    for _ in range(4):
+if "sample" in modes:
+    model.to(getattr(torch, rt.dtype)).eval()
+    if compile or (gpu and rt.compile):
+        model.compile_decode()
+    idx = torch.zeros(num_samples, 1, dtype=torch.long, device=rt.device)
+    works = {"ours": partial(model.generate, idx, new_tokens, top_k=top_k)}
+
+    if peer == "transformers":
+        their_model = make_peer().to(getattr(torch, rt.dtype)).eval()
+        works[peer] = partial(their_model.generate, idx, attention_mask=torch.ones_like(idx),
+                              min_new_tokens=new_tokens, max_new_tokens=new_tokens,
+                              do_sample=True, top_k=top_k, pad_token_id=0)
+    elif peer == "plain":
+        their_model = make_peer().eval()
+
+        @torch.no_grad()
+        def one_after_the_other() -> None:
+            for row in idx.split(1):
+                for _ in range(new_tokens):
+                    logits = their_model(row[:, -block_size:])[:, -1]  # (1, V)
+                    likeliest, ids = logits.topk(min(top_k, vocab_size))
+                    drawn = torch.multinomial(likeliest.softmax(-1), 1)
+                    row = torch.cat([row, ids.gather(1, drawn)], dim=1)
+
+        works[peer] = one_after_the_other
+
+    seconds = take_turns(works)
+    rate = num_samples * new_tokens / median(seconds["ours"])
+    bound = bytes_per_s / sum(p.nbytes for p in model.parameters())  # times that weights are read
+    print(f"sampling: {rate:,.1f} tok/s, {num_samples} x {new_tokens} tokens, top_k {top_k}, "
+          f"median of {rounds}")
+    print(f"          {rate / num_samples / bound:.0%} of the {bound:,.1f} times a second that "
+          f"memory delivers the weights in {rt.dtype}")
+    marks = [time.perf_counter()]
+    for _ in model.stream(idx, new_tokens, top_k=top_k):
         rt.synchronize()
-        before = time.perf_counter()
-        model.generate(idx, n_new, top_k=200)
-        rt.synchronize()
-        times.append(time.perf_counter() - before)
-print(f"sampling: {n_new / median(times[1:]):,.1f} tok/s, one sequence of {n_new} tokens, "
-      f"top_k 200")
+        marks.append(time.perf_counter())
+    ms_by_eighth = [median(part) * 1e3 for part in np.array_split(np.diff(marks), 8) if len(part)]
+    print("          ms per token, in each eighth of the text: "
+          + " ".join(f"{ms:.2f}" for ms in ms_by_eighth))
+    results["sample"] = {
+        "parameters": model.get_num_params(), "tokens_per_s": rate, "of_memory_bound":
+        rate / num_samples / bound, "ms_per_token_by_eighth": ms_by_eighth,
+        "times_as_long": compare(seconds)}
+
+# ------------------------------------------------------------------------------------------ data
+
+if "data" in modes:
+    import resource  # not on Windows
+    encoding = GPT2Tokenizer().bpe
+    with tempfile.TemporaryDirectory() as folder:
+        sources = [p.read_bytes() for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
+        source = b"\n".join(text for text in sources if text.isascii()).decode("ascii")
+        rng, texts, written = random.Random(seed), [], 0
+        with open(Path(folder) / "input.jsonl", "w", encoding="utf-8") as file:
+            while written < input_mb * 1e6:
+                start, length = rng.randrange(len(source) - 9500), rng.randint(500, 9500)
+                texts.append(source[start:start + length])
+                written += file.write(dumps({"text": texts[-1]}) + "\n")
+        command = [sys.executable, str(ROOT / "data" / "openwebtext" / "prepare.py"),
+                   f"--input={folder}/input.jsonl", f"--out_dir={folder}/out"]
+        threads = f"tiktoken alone, {os.cpu_count()} threads"
+        seconds = take_turns({
+            "prepare.py": lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL),
+            threads: lambda: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count()),
+            "tiktoken alone, 1 thread": lambda: [encoding.encode_ordinary(t) for t in texts],
+        }, warmups=0)
+    dt = median(seconds["prepare.py"])
+    rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # macOS counts bytes, Linux KiB
+    memory = rss * (1 if sys.platform == "darwin" else 1024)
+    print(f"data:     {written / dt / 1e6:.1f} MB/s, {written / 1e6:.0f} MB of JSON lines in "
+          f"{dt:.2f} s, the whole process, median of {rounds}")
+    ratios = compare(seconds)
+    ideal = 1 / (ratios["tiktoken alone, 1 thread"] / os.cpu_count())
+    print(f"          ours takes {1 / ratios[threads]:.2f} times as long as tiktoken with threads, "
+          f"{ideal:.2f} times as long as one thread's time divided by the cores")
+    print(f"          {memory / 1e6:.0f} MB peak memory of the largest process")
+    results["data"] = {"input_mb": written / 1e6, "seconds": dt, "mb_per_s": written / dt / 1e6,
+                       "peak_memory_mb": memory / 1e6, "of_tiktoken_threads": 1 / ratios[threads],
+                       "of_tiktoken_ideal": ideal}
+
+if json:
+    with written_whole(Path(json)) as file:
+        file.write(dumps(results, indent=1).encode())
+    print(f"every figure: {json}")

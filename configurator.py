@@ -35,13 +35,15 @@ class RunError(Exception):
     """What ends a run through no mistake that could be seen at its start, told the same way."""
 
 
-def configure(settings: dict, argv: list[str] | None = None) -> tuple[dict, dict]:
+def configure(settings: dict, argv: list[str] | None = None, others: Path | None = None,
+              ) -> tuple[dict, dict]:
     """Override a script's settings from config files and --key=value arguments.
 
     settings: the script's `globals()`, changed in place. Its public lower-case variables that
         hold a bool, int, float, str or None are the settings; an annotation such as `int | None`
         widens what one accepts, otherwise the type of the default decides.
     argv: arguments without the program's name; `sys.argv[1:]` if None.
+    others: a script whose settings config files may name too; those that are not ours do nothing.
     Returns (config, given): all settings by name, and those that files or arguments named,
         whether or not they differ from the default.
     Raises UserError. From here on an uncaught UserError ends the process in one line on stderr
@@ -57,9 +59,10 @@ def configure(settings: dict, argv: list[str] | None = None) -> tuple[dict, dict
     if "--help" in argv or "-h" in argv:
         print(_help(settings, kinds))
         raise SystemExit(0)
+    passed_over = _assignments(others) if others else {}
     for arg in argv:  # files first: an argument wins wherever it stands
         if not arg.startswith("--"):
-            given |= _run_config(arg, defaults | given, kinds)
+            given |= _run_config(arg, defaults | given, kinds, passed_over)
     for arg in argv:
         if arg.startswith("--"):
             name, equals, text = arg[2:].partition("=")
@@ -121,8 +124,8 @@ def _kinds(settings: dict) -> dict[str, tuple[type, ...]]:
     return kinds
 
 
-def _run_config(arg: str, current: dict, kinds: dict) -> dict:
-    """Execute one config file; return the settings that it sets."""
+def _run_config(arg: str, current: dict, kinds: dict, passed_over: dict) -> dict:
+    """Execute one config file; return the settings of ours that it sets."""
     path = next((p for p in (Path(arg), ROOT / arg) if os.path.exists(p)), None)
     if path is None:
         raise UserError(f"no config file {arg!r}: arguments are config files and --key=value")
@@ -138,7 +141,7 @@ def _run_config(arg: str, current: dict, kinds: dict) -> dict:
     found = {}
     for name, value in namespace.items():
         if name.startswith("_") or (name not in kinds and (
-                isinstance(value, types.ModuleType) or callable(value))):
+                name in passed_over or isinstance(value, types.ModuleType) or callable(value))):
             continue
         _known(name, kinds, f"{path}: setting")
         found[name] = _convert(name, value, kinds[name])
@@ -202,14 +205,19 @@ def _help(settings: dict, kinds: dict) -> str:
     comments = {token.start[0]: token.string
                 for token in tokenize.generate_tokens(io.StringIO(source).readline)
                 if token.type == tokenize.COMMENT}
-    rows = {}
-    for node in ast.parse(source).body:
+    rows = [f"  {f'--{name}={settings[name]!r}':<40} {comments.get(line, '')}".rstrip()
+            for name, line in _assignments(settings["__file__"]).items() if name in kinds]
+    return "\n".join([settings["__doc__"] or "", "Settings:", *rows])
+
+
+def _assignments(path: str | Path) -> dict[str, int]:
+    """The names that a script assigns at its top level, and the line where each is first."""
+    lines = {}
+    for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        name = getattr(target, "id", None)
-        if name in kinds and name not in rows:
-            left = f"--{name}={settings[name]!r}"
-            rows[name] = f"  {left:<40} {comments.get(node.lineno, '')}".rstrip()
-    return "\n".join([settings["__doc__"] or "", "Settings:", *rows.values()])
+        if isinstance(target, ast.Name):
+            lines.setdefault(target.id, node.lineno)
+    return lines
 
 
 def _end_in_one_line(kind: type, error: BaseException, trace: types.TracebackType) -> None:

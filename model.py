@@ -73,25 +73,74 @@ class GPTConfig:
 
 # ----------------------------------------------------------------------------------------- layers
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0,
-              ) -> torch.Tensor:
-    """Causal attention by torch's fused kernels.
+class Linear(nn.Linear):
+    """nn.Linear, faster where a CPU decodes: for a few rows, reading the weights is the work."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // self.in_features
+        if (x.device.type != "cpu" or rows > 16 or torch.is_grad_enabled()
+                or torch.is_autocast_enabled("cpu")):
+            return super().forward(x)
+        if rows == 1:  # in bfloat16 at up to twice the speed of F.linear
+            y = torch.mv(self.weight, x.flatten())
+        elif rows > 2 and x.dtype == torch.float32 and self.weight.numel() >= 2**18:  # likewise
+            y = (self.weight @ x.reshape(rows, -1).t().contiguous()).t().contiguous()
+        else:
+            return super().forward(x)
+        y = y.reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Zero each element with probability p, and scale the others so that the mean stays.
+
+    On a CPU, where random numbers are dear, 64 random bits serve eight elements: p is then the
+    nearest of 1/256 to 255/256, and the scale is that of this p.
+    """
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    zeroed = min(max(round(256 * p), 1), 255)  # of the 256 values of a byte
+    bits = torch.randint(-2**63, 2**63 - 1, (-(-x.numel() // 8),))  # int64
+    kept = bits.view(torch.uint8)[:x.numel()].view(x.shape) >= zeroed
+    return x * kept.to(x.dtype).mul_(256 / (256 - zeroed))
+
+
+class Dropout(nn.Dropout):
+    """`dropout`, in training only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dropout(x, self.p) if self.training and self.p else x
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float = 0.0,
+              seen: torch.Tensor | None = None) -> torch.Tensor:
+    """Causal attention, by the fastest kernels there are for it.
 
     q: (B, H, T, D), the last T of the S positions of k and v: (B, H, S, D); T is S or 1.
+    p: dropout of the attention weights.
+    seen: (1, S) bool, the positions that a single q may read; None: all.
     Returns (B, H, T, D).
     """
+    T = q.size(2)
+    # A CPU's fused kernel knows no dropout, and in bfloat16 its backward is slow on short blocks.
+    if q.device.type == "cpu" and (p or (q.dtype == torch.bfloat16 and 1 < T <= 128)):
+        return attention_by_hand(q, k, v, p)
     # A single new token may read all S; is_causal would leave it the first alone.
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.size(2) > 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=p, is_causal=T > 1)
 
 
-def attention_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0,
-                      ) -> torch.Tensor:
+def attention_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float = 0.0,
+                      seen: torch.Tensor | None = None) -> torch.Tensor:
     """The same as `attention`, written out, for any T <= S."""
-    T, S = q.size(2), k.size(2)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-    future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(diagonal=S - T + 1)
-    weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
-    return F.dropout(weights, dropout) @ v  # (B, H, T, D)
+    (B, H, T, D), S = q.shape, k.size(2)
+    if seen is None:
+        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
+    mask = torch.zeros(T, S, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+    scores = torch.baddbmm(mask, q.reshape(B * H, T, D), k.reshape(B * H, S, D).transpose(1, 2),
+                           alpha=1 / math.sqrt(D))  # (B * H, T, S)
+    weights = scores.softmax(dim=-1)
+    weights = dropout(weights, p) if p else weights
+    return (weights @ v.reshape(B * H, S, D)).view(B, H, T, D)
 
 
 class CausalSelfAttention(nn.Module):
@@ -103,13 +152,15 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, past: torch.Tensor | None = None, start: int = 0,
+    def forward(self, x: torch.Tensor, past: torch.Tensor | None = None,
+                positions: torch.Tensor | None = None, seen: torch.Tensor | None = None,
                 ) -> torch.Tensor:
-        """x: (B, T, C) at positions start .. start + T; past: (2, B, H, S_max, D) keys, values."""
+        """x: (B, T, C); past: (2, B, H, S, D) keys and values, to which those of x are added at
+        positions, (T,); seen: which of the S a single x may read, as in `attention`."""
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
@@ -117,11 +168,9 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
         v = v.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
         if past is not None:
-            past[0, :, :, start:start + T] = k
-            past[1, :, :, start:start + T] = v
-            k = past[0, :, :, :start + T]  # (B, H, S, D)
-            v = past[1, :, :, :start + T]  # (B, H, S, D)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0)
+            k = past[0].index_copy_(2, positions, k)  # (B, H, S, D)
+            v = past[1].index_copy_(2, positions, v)  # (B, H, S, D)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0, seen)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -131,10 +180,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.act = ACTIVATIONS[config.activation]()
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
@@ -150,10 +199,51 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, past: torch.Tensor | None = None, start: int = 0,
+    def forward(self, x: torch.Tensor, past: torch.Tensor | None = None,
+                positions: torch.Tensor | None = None, seen: torch.Tensor | None = None,
                 ) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), past, start)
+        x = x + self.attn(self.ln_1(x), past, positions, seen)
         return x + self.mlp(self.ln_2(x))
+
+
+# ------------------------------------------------------------------------------------------- loss
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of the logits x @ weight.T, of which a chunk of rows is held at a time.
+
+    Each chunk's part of the gradients is computed beside its part of the loss, and no logits are
+    kept for the backward pass: over 50,304 columns they would be most of a small batch's memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                dtype: torch.dtype) -> torch.Tensor:
+        """x: (N, C); weight: (V, C); targets: (N,) int64, -1 where there is nothing to predict;
+        dtype: of the matrix products, while sums are float32. Returns the loss, a scalar."""
+        rows = max(len(x) // 8, 2**24 // len(weight))  # 64 MB of logits, or an eighth of them
+        counted = targets >= 0
+        loss = torch.zeros((), device=x.device)
+        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
+        matrix = weight.to(dtype)
+        for x_part, x_grad_part, target, counts in zip(
+                x.split(rows), x_grad.split(rows), targets.split(rows), counted.split(rows),
+                strict=True):
+            x_part, target = x_part.to(dtype), target.clamp(min=0).unsqueeze(1)  # (n, C), (n, 1)
+            log_probs = (x_part @ matrix.t()).float().log_softmax(dim=-1)  # (n, V)
+            loss -= (log_probs.gather(1, target).squeeze(1) * counts).sum()
+            grad = log_probs.exp_()  # of the logits: the probabilities, less 1 at the target
+            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+            grad = grad.mul_(counts.unsqueeze(1)).to(dtype)
+            x_grad_part.copy_(grad @ matrix)
+            weight_grad += grad.t() @ x_part
+        n = counted.sum()
+        ctx.save_for_backward(x_grad, weight_grad, n)
+        return loss / n
+
+    @staticmethod
+    def backward(ctx, loss_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_grad, weight_grad, n = ctx.saved_tensors
+        return x_grad.mul_(loss_grad / n), weight_grad.mul_(loss_grad / n), None, None
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -161,17 +251,19 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer: GPT-2, to the letter, under the default settings."""
 
+    compiled_decode: Callable | None = None  # set by `compile_decode`
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
-            "drop": nn.Dropout(config.dropout),
+            "drop": Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
         })
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix reads and writes ids
         for name, p in self.named_parameters():
             if p.dim() >= 2:
@@ -183,35 +275,58 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
-                past: torch.Tensor | None = None, start: int = 0,
-                ) -> tuple[torch.Tensor, torch.Tensor | None]:
+                past: torch.Tensor | None = None, start: int | torch.Tensor = 0,
+                loss_only: bool = False,
+                ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits of the next token, and the mean cross entropy when targets are given.
 
         idx: (B, T) int64 token ids, at positions start .. start + T.
         targets: (B, T) int64, the token after each of idx; -1 where there is nothing to predict.
         past: (n_layer, 2, B, H, S_max, D), the keys and values of the positions before start;
-            those of idx are written into it.
-        Returns (logits, loss): (B, T, V) and a scalar with targets; without them, the logits of
-            the last position alone, (B, 1, V), and None.
+            those of idx are written into it. A start that is a tensor, (), with T = 1, leaves all
+            shapes alike from token to token, as compiled code wants it.
+        loss_only: leave the logits out, which takes far less memory.
+        Returns (logits, loss): (B, T, V), or None if loss_only, and a scalar with targets; without
+            them, the logits of the last position alone, (B, 1, V), and None.
         Raises ValueError if the sequence is longer than block_size.
         """
-        T = idx.size(1)
-        if start + T > self.config.block_size:
+        T, seen = idx.size(1), None
+        positions = torch.arange(T, device=idx.device) + start  # (T,)
+        if isinstance(start, torch.Tensor):
+            seen = torch.arange(past.size(-2), device=idx.device)[None] <= positions  # (1, S)
+        elif start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit block_size = "
                              f"{self.config.block_size}: crop the input")
-        positions = torch.arange(start, start + T, device=idx.device)
+        elif past is not None:
+            past = past[..., :start + T, :]
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if past is None else past[i], start)
+            x = block(x, None if past is None else past[i], positions, seen)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None  # (B, 1, V)
+        if loss_only:
+            device = idx.device.type
+            dtype = (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device)
+                     else x.dtype)
+            return None, LinearCrossEntropy.apply(
+                x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype)
         logits = self.lm_head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
 
     # ---------------------------------------------------------------------------------- sampling
+
+    def decode(self, token: torch.Tensor, past: torch.Tensor, position: torch.Tensor,
+               ) -> torch.Tensor:
+        """Logits, (B, 1, V), after one more token, (B, 1), at position, (); past as in forward."""
+        return self(token, past=past, start=position)[0]
+
+    def compile_decode(self) -> None:
+        """Have `stream` compile what it does for each token; on a GPU, into one CUDA graph."""
+        self.compiled_decode = torch.compile(
+            self.decode, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
@@ -249,8 +364,10 @@ class GPT(nn.Module):
         device = idx.device
         dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
                  else self.lm_head.weight.dtype)
-        past = torch.empty(c.n_layer, 2, B, c.n_head, min(T + max_new_tokens, block_size),
+        past = torch.zeros(c.n_layer, 2, B, c.n_head, min(T + max_new_tokens, block_size),
                            c.n_embd // c.n_head, dtype=dtype, device=device)
+        if self.compiled_decode:
+            torch._dynamo.mark_static_address(past)  # a CUDA graph writes to fixed places only
         held = 0  # positions in past
         tokens = F.pad(idx, (0, max_new_tokens))  # (B, T + n), filled in as tokens come
         stopped = torch.zeros(B, dtype=torch.bool, device=device)
@@ -258,7 +375,11 @@ class GPT(nn.Module):
         for end in range(T, T + max_new_tokens):
             if held == block_size:
                 held, unread = 0, end - max(1, block_size // 2)
-            logits, _ = self(tokens[:, unread:end], past=past, start=held)
+            if self.compiled_decode and unread == end - 1:
+                logits = self.compiled_decode(
+                    tokens[:, unread:end].clone(), past, torch.tensor(held, device=device))
+            else:
+                logits, _ = self(tokens[:, unread:end], past=past, start=held)
             held, unread = held + end - unread, end
             logits = logits[:, -1].float()  # (B, V)
             if repetition_penalty != 1:
@@ -407,16 +528,17 @@ def draw(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: flo
     """Draw one id per row, (B,) int64, from logits (B, V); settings as in `GPT.stream`."""
     if temperature < 1e-6:  # 0, or so close to it that float32 would not hold the quotients
         return logits.argmax(dim=-1)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
-    if top_k is None and top_p is None:
-        return torch.multinomial(logits.softmax(dim=-1), 1).squeeze(1)
-    V = logits.size(1)
-    logits, ids = logits.topk(min(top_k or V, V))  # (B, K), likeliest first
-    probs = logits.softmax(dim=-1)
+    ids = None
+    if top_k is not None or top_p is not None:
+        V = logits.size(1)
+        logits, ids = logits.topk(min(top_k or V, V))  # (B, K), likeliest first
+    # The largest becomes 0, so that no quotient overflows.
+    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
     if top_p is not None:
         likelier = probs.cumsum(dim=-1) - probs  # mass of the tokens before each
         probs = probs.masked_fill(likelier >= max(top_p, 1e-9), 0)  # float32 would make less 0
-    return ids.gather(1, torch.multinomial(probs, 1)).squeeze(1)
+    drawn = torch.multinomial(probs, 1)  # (B, 1)
+    return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
 
 
 # --------------------------------------------------------------------- files of pretrained weights

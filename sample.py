@@ -23,7 +23,7 @@ stop: str | None = None  # end a sample at this token, such as "<|endoftext|>"
 seed = 1337
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
 dtype: str | None = None  # float32 | bfloat16 | float16; None: choose
-compile: bool | None = False  # torch.compile, worth its start for long texts; None: on CUDA
+compile: bool | None = False  # torch.compile, worth its minute for long texts; None: on CUDA
 
 configure(globals())
 check(globals(), "num_samples >= 1", "max_new_tokens >= 0", "temperature >= 0",
@@ -40,7 +40,6 @@ from data.tokenizer import get_tokenizer
 
 # ------------------------------------------------------------------------------- model, tokenizer
 
-rt = runtime.start(device, dtype, compile)
 with user_errors():
     if init_from == "resume":
         contents = load(Path(out_dir) / checkpoint if checkpoint else path_to_sample(out_dir))
@@ -48,9 +47,10 @@ with user_errors():
         meta = meta_of(contents)
     else:
         model, meta = load_pretrained(init_from)
-model.eval().to(rt.device)
+rt = runtime.start(device, dtype, compile, model.config.n_embd, flops=0)
+model.eval().to(rt.device, getattr(torch, rt.dtype))  # all of it: half the memory to read
 if rt.compile:
-    model.compile(dynamic=True)
+    model.compile_decode()
 tokenizer = get_tokenizer(meta)
 
 # ---------------------------------------------------------------------------------------- prompt
@@ -72,7 +72,7 @@ torch.manual_seed(seed)
 options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
            "top_p": top_p, "repetition_penalty": repetition_penalty, "stop": stop_ids[0],
            "n_vocab": tokenizer.n_vocab}
-with rt.autocast(), user_errors():
+with user_errors():
     if num_samples == 1:
         print(start, end="", flush=True)
         for text in tokenizer.decode_stream(step.item() for step in model.stream(idx, **options)):

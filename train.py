@@ -57,7 +57,7 @@ backend: str | None = None  # nccl | gloo, between processes; None: choose
 collective_timeout = 600  # seconds until processes give up on a silent one; longer than a save
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
 dtype: str | None = None  # float32 | bfloat16 | float16; None: bfloat16 if CUDA or the CPU has it
-compile: bool | None = None  # torch.compile; None: on CUDA
+compile: bool | None = None  # torch.compile; None: on CUDA, and on a CPU for long runs
 
 config, given = configure(globals())
 start_time = time.time()
@@ -68,7 +68,9 @@ check(globals(), "out_dir != ''", "eval_interval >= 1", "log_interval >= 1", "ev
       "weight_decay >= 0", "0 <= beta1 < 1", "0 <= beta2 < 1", "grad_clip >= 0",
       "warmup_iters >= 0", "lr_decay_iters >= 1", "min_lr >= 0", "0 <= seed < 2**64")
 
+import gc
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -85,6 +87,7 @@ from data.bins import (
     dataset_folder,
     gather,
     open_bin,
+    prefetch,
     random_starts,
 )
 from data.tokenizer import load_meta
@@ -108,19 +111,10 @@ if init_from in ("resume", "auto"):
                         f"{checkpoint.BEST}; use --init_from=auto to start in that case")
 check(globals(), "warmup_iters < lr_decay_iters or not decay_lr",
       "min_lr <= learning_rate or not decay_lr")
-
-# --------------------------------------------------------------------------------------- runtime
-
 _, world_size = runtime.process()
 if gradient_accumulation_steps % world_size:
     raise UserError(f"gradient_accumulation_steps = {gradient_accumulation_steps} does not divide "
                     f"among {world_size} processes: choose a multiple of {world_size}")
-rt = runtime.start(device, dtype, compile, backend, collective_timeout)
-steps_done = resumed["iter_num"] if resumed else -1
-if rt.sum(steps_done)[0] != rt.world_size * steps_done:
-    raise UserError(f"the processes do not see the same {out_dir}: share it between the machines")
-micro_steps = gradient_accumulation_steps // rt.world_size  # of this process
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
 # ---------------------------------------------------------------------------------- data, model
 
@@ -147,7 +141,17 @@ config |= {name: model_args[name] for name in model_args if name in config}  # w
 vocab_size = model.config.vocab_size
 check_vocabulary(train_tokens, vocab_size)
 check_vocabulary(val_tokens, vocab_size)
+
+# --------------------------------------------------------------------------------------- runtime
+
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+flops = 0 if eval_only else model.flops_per_token() * tokens_per_iter * max_iters
+rt = runtime.start(device, dtype, compile, model.config.n_embd, flops, backend, collective_timeout)
 model.to(rt.device)
+steps_done = resumed["iter_num"] if resumed else -1
+if rt.sum(steps_done)[0] != rt.world_size * steps_done:
+    raise UserError(f"the processes do not see the same {out_dir}: share it between the machines")
+micro_steps = gradient_accumulation_steps // rt.world_size  # of this process
 
 # ------------------------------------------------------------------------------------- optimizer
 
@@ -157,6 +161,7 @@ iter_num, best_val_loss, history, seconds_before = 0, math.inf, [], 0.0
 saved_at = None  # the step that ckpt.pt holds
 bad_steps, good_loss = 0, math.nan  # skipped in a row up to now; loss of the last that was not
 loss_max = -math.inf  # of a micro-batch, since the last log line
+most_bad_steps = 0  # in a row, since the last log line
 if resumed:
     iter_num = resumed["iter_num"]
     saved_at = iter_num if resumed["path"].name == checkpoint.NEWEST else None
@@ -166,15 +171,18 @@ if resumed:
     loss_max = resumed.get("loss_max", -math.inf)
     checkpoint.load_optimizer(optimizer, scaler, resumed)
     del resumed["model"], resumed["optimizer"]  # their memory is needed
+# These stay on the device, where they change in every step: only a log line waits for them.
+bad_steps, good_loss, loss_max, most_bad_steps = torch.tensor(
+    [bad_steps, good_loss, loss_max, most_bad_steps], device=rt.device).unbind()
 
-net = torch.compile(model) if rt.compile else model  # what runs; `model` owns the parameters
+net = rt.compiled(model)  # what runs; `model` owns the parameters
 ddp = DistributedDataParallel(net) if rt.world_size > 1 else None
 if ddp:
     # After its first pass DDP settles the order in which it sums gradients. This is that pass, so
     # that a resumed run sums in the same order as an uninterrupted one.
     idx = torch.zeros(batch_size, block_size, dtype=torch.long, device=rt.device)
     with rt.autocast():
-        loss = ddp(idx, idx)[1]
+        loss = ddp(idx, idx, loss_only=True)[1]
     loss.backward()
     optimizer.zero_grad(set_to_none=True)
 
@@ -200,6 +208,13 @@ train_starts = random_starts(
     len(train_tokens), block_size, len(val_starts), (TRAIN_EVALUATION, seed))
 
 
+def eval_batch(tokens: np.memmap, starts: np.ndarray) -> list[torch.Tensor]:
+    """Inputs and targets of the blocks at `starts`, each (B, T) int64; where they are fewer than
+    B, blocks without targets follow: compiled code is made for one shape."""
+    starts = np.pad(starts, (0, batch_size - len(starts)), constant_values=len(tokens))
+    return rt.to_device(*gather(tokens, starts, block_size, vocab_size))
+
+
 @torch.no_grad()
 def evaluate() -> dict | None:
     """Mean losses and next-token accuracy, shared by all processes; None if a signal stops it."""
@@ -214,7 +229,7 @@ def evaluate() -> dict | None:
             batch = starts[first + rt.rank * batch_size:][:batch_size]
             if len(batch) == 0:
                 continue  # the last round has nothing for this process
-            x, y = rt.to_device(*gather(tokens, batch, block_size, vocab_size))
+            x, y = eval_batch(tokens, batch)
             with rt.autocast():
                 logits, loss = net(x, y)
             n = (y >= 0).sum().item()
@@ -237,7 +252,7 @@ def seconds() -> float:
 def sound() -> bool:
     """Whether the weights are finite, and their loss on a batch is: the same in all processes."""
     model.eval()
-    x, y = rt.to_device(*gather(val_tokens, val_starts[:batch_size], block_size, vocab_size))
+    x, y = eval_batch(val_tokens, val_starts[:batch_size])
     with rt.autocast():
         loss = net(x, y)[1]
     model.train()
@@ -254,8 +269,8 @@ def save(name: str) -> None:
             "model": model.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(), "model_args": model_args, "config": config,
             "iter_num": iter_num, "best_val_loss": best_val_loss, "history": history,
-            "meta": meta, "seconds": seconds(), "bad_steps": bad_steps,
-            "good_loss": good_loss, "loss_max": loss_max})
+            "meta": meta, "seconds": seconds(), "bad_steps": int(bad_steps),
+            "good_loss": good_loss.item(), "loss_max": loss_max.item()})
 
 
 def diverged(what: str) -> RunError:
@@ -274,6 +289,18 @@ def diverged(what: str) -> RunError:
 
 # ------------------------------------------------------------------------------------------ loop
 
+def micro_batches(i: int) -> Iterator[list[torch.Tensor]]:
+    """Inputs and targets for this process, each (B, T) int64, from step i on: all processes draw
+    the same batch, and each takes every world_size-th part of it."""
+    while True:
+        starts = random_starts(
+            len(train_tokens), block_size, gradient_accumulation_steps * batch_size,
+            (TRAIN_BATCHES, seed, i)).reshape(-1, batch_size)
+        for micro_step in range(rt.rank, gradient_accumulation_steps, rt.world_size):
+            yield rt.to_device(*gather(train_tokens, starts[micro_step], block_size, vocab_size))
+        i += 1
+
+
 announce(f"{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
          f"{len(train_tokens):,} tokens to train on, {len(val_tokens):,} to validate")
 if rt.is_main and not eval_only:
@@ -284,7 +311,10 @@ if rt.is_main and not eval_only:
 metrics = Metrics(rt, None if eval_only else out_dir, config, iter_num, history)
 stopwatch = Stopwatch(rt)
 stop_signals = runtime.StopSignals(rt)
+batches = prefetch(micro_batches(iter_num))
 model.train()
+gc.collect()
+gc.freeze()  # what is here stays: no need to look through it again and again
 
 while True:
     lr = lr_at(iter_num)
@@ -317,53 +347,52 @@ while True:
     if iter_num >= max_iters or stop:
         break
 
-    # gradients, one micro-batch after the other: all processes draw the same batch, and each takes
-    # every world_size-th part of it
+    # gradients, one micro-batch after the other
     stopwatch.start()
-    starts = random_starts(len(train_tokens), block_size, gradient_accumulation_steps * batch_size,
-                           (TRAIN_BATCHES, seed, iter_num)).reshape(-1, batch_size)
     losses = torch.zeros(gradient_accumulation_steps, device=rt.device)  # those of this process
     for micro_step in range(rt.rank, gradient_accumulation_steps, rt.world_size):
-        x, y = rt.to_device(*gather(train_tokens, starts[micro_step], block_size, vocab_size))
+        x, y = next(batches)
         stopwatch.lap("data_ms")
         runtime.seed_torch(DROPOUT, seed, iter_num, micro_step)
         last = micro_step + rt.world_size >= gradient_accumulation_steps
         with ddp.no_sync() if ddp and not last else nullcontext():
             with rt.autocast():
-                loss = (ddp or net)(x, y)[1]  # a name for the logits would keep them in memory
+                loss = (ddp or net)(x, y, loss_only=True)[1]
             stopwatch.lap("forward_ms")
             scaler.scale(loss / micro_steps).backward()
             stopwatch.lap("backward_ms")
         losses[micro_step] = loss.detach()
 
-    # update, unless a number went wrong: the same in all processes
+    # update, unless a number went wrong: the same in all processes, and known to the device alone
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(
-        model.parameters(), grad_clip or math.inf).item()
-    losses = rt.sum(*losses.tolist())  # those of all processes
-    mean_loss, loss_max = np.mean(losses).item(), np.max([loss_max, *losses]).item()
-    if math.isfinite(mean_loss) and math.isfinite(grad_norm):
-        scaler.step(optimizer)
-        bad_steps, good_loss = 0, mean_loss
-    else:
-        bad_steps += 1
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    rt.add_up(losses)  # now those of all processes
+    loss = losses.mean()
+    bad = 1.0 - torch.stack([loss, grad_norm]).isfinite().all().float()
+    optimizer.found_inf = bad  # how a GradScaler, too, has the fused optimizer skip a step
+    scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    bad_steps = (bad_steps + 1) * bad
+    most_bad_steps = torch.maximum(most_bad_steps, bad_steps)
+    loss_max = torch.maximum(loss_max, losses.max())
+    good_loss = torch.where(bad > 0, good_loss, loss)
     stopwatch.lap("optimizer_ms")
 
-    # log
-    if iter_num % log_interval == 0 or bad_steps:
+    # log: here alone a step waits for the device
+    if iter_num % log_interval == 0:
+        numbers = torch.stack([loss, loss_max, grad_norm, most_bad_steps]).tolist()
         phases_ms = stopwatch.read()
         dt = sum(phases_ms.values()) / 1e3
-        metrics.step({"iter": iter_num, "loss": mean_loss, "loss_max": loss_max, "lr": lr,
-                      "grad_norm": grad_norm, "bad_steps": bad_steps,
+        metrics.step({"iter": iter_num, "loss": numbers[0], "loss_max": numbers[1], "lr": lr,
+                      "grad_norm": numbers[2], "bad_steps": int(numbers[3]),
                       "tokens_per_s": tokens_per_iter / dt,
                       "mfu": model.estimate_mfu(micro_steps * batch_size, dt, rt.peak_flops()),
                       **phases_ms, "seconds": seconds()})
-        loss_max = -math.inf
-    if bad_steps >= max_bad_steps:
-        raise diverged(f"{bad_steps} steps in a row, up to step {iter_num}, had a loss or a "
-                       f"gradient that is not finite")
+        if numbers[3] >= max_bad_steps:
+            raise diverged(f"{int(numbers[3])} steps in a row, up to step {iter_num}, had a loss "
+                           f"or a gradient that is not finite")
+        loss_max, most_bad_steps = torch.full_like(loss_max, -math.inf), bad_steps * 0
     iter_num += 1
     metrics.advance()
 

@@ -28,4 +28,3 @@ beta2 = 0.99  # few tokens a step: average over more steps
 warmup_iters = 100
 
 device = "cpu"
-dtype = "float32"  # autocast costs a model this narrow more than bfloat16 saves

@@ -7,15 +7,17 @@ continue a run, and every process can draw the same one.
 import os
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
 from configurator import ROOT, UserError
 from data.tokenizer import Tokenizer
 
+T = TypeVar("T")
 DTYPE = np.dtype("<u2")
 IGNORE = -1  # a target where there is nothing to predict
 SCANNED = 2**26  # tokens of a longer file that `check_vocabulary` looks at
@@ -181,3 +183,13 @@ def gather(tokens: np.ndarray, starts: np.ndarray, block_size: int, vocab_size: 
     x = np.where(inside[:, :-1], rows[:, :-1], 0)
     y = np.where(inside[:, 1:], rows[:, 1:], IGNORE)
     return x, y
+
+
+def prefetch(items: Iterator[T]) -> Iterator[T]:
+    """The items of an endless iterator, each made in a thread while the one before is in use."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, items)
+        while True:
+            item = coming.result()
+            coming = thread.submit(next, items)
+            yield item

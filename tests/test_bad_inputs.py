@@ -50,7 +50,7 @@ COMMANDS = {
     "sample-gpt": [ROOT / "sample.py", "--init_from=gpt", "--start=to", "--max_new_tokens=2",
                    "--num_samples=1", "--device=cpu", "--dtype=float32"],
     "bench": [ROOT / "bench.py", "--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16",
-              "--batch_size=2", "--steps=1", "--new_tokens=4", "--device=cpu", "--dtype=float32",
+              "--batch_size=2", "--rounds=1", "--new_tokens=4", "--device=cpu", "--dtype=float32",
               "--dataset={here}/data"],
     "characters": ["repo/data/shakespeare_char/prepare.py", "--url=http://127.0.0.1:9/none"],
     "shakespeare": ["repo/data/shakespeare/prepare.py", "--url=http://127.0.0.1:9/none"],
@@ -298,7 +298,7 @@ CASES = {
         "sample --repetition_penalty=0", ["repetition_penalty = 0.0", "0.01 <="]),
     "no samples": Case("sample --num_samples=0", ["num_samples = 0", ">= 1"]),
     "negative new tokens": Case("sample --max_new_tokens=-1", ["max_new_tokens = -1", ">= 0"]),
-    "no steps to time": Case("bench --steps=0", ["steps = 0", ">= 1"]),
+    "no steps to time": Case("bench --rounds=0", ["rounds = 0", ">= 1"]),
     "all documents held out": Case("documents --val_fraction=1", ["val_fraction = 1.0", "< 1"]),
     "no processes to encode": Case("documents --num_proc=0", ["num_proc = 0", "> 0"]),
     # the model

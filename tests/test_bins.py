@@ -1,6 +1,7 @@
 """Token files, batches drawn from them, and files that are there whole or not at all."""
 
 import http.server
+import itertools
 import os
 import pickle
 import socket
@@ -25,6 +26,7 @@ from data.bins import (
     dataset_folder,
     gather,
     open_bin,
+    prefetch,
     random_starts,
     read_input,
     write_bin,
@@ -403,3 +405,33 @@ def test_a_gpt2_dataset_removes_the_vocabulary_of_an_earlier_character_dataset(t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.bin", "val.bin"]
     train, val = (np.fromfile(tmp_path / f"{name}.bin", "<u2") for name in ("train", "val"))
     assert GPT2Tokenizer().decode([*train, *val]) == TEXT
+
+
+# -------------------------------------------------------------------------------- one batch ahead
+
+def test_each_item_is_made_once_in_order_while_the_one_before_is_in_use():
+    made, used = [], threading.Event()
+
+    def items():
+        for i in itertools.count():
+            made.append((i, threading.current_thread() is threading.main_thread()))
+            if i == 3:
+                used.set()
+            yield i
+
+    ahead = prefetch(items())
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    assert used.wait(timeout=10)  # 3 is made though nobody asked for it yet
+    assert made == [(i, False) for i in range(4)]
+    assert next(ahead) == 3
+
+
+def test_an_error_in_the_thread_is_raised_where_its_item_is_asked_for():
+    def items():
+        yield 0
+        raise UserError("the token id 300")
+
+    ahead = prefetch(items())
+    assert next(ahead) == 0
+    with pytest.raises(UserError, match="300"):
+        next(ahead)

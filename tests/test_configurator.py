@@ -118,6 +118,19 @@ def error_of(namespace: dict, *argv: str) -> str:
 
 # ------------------------------------------------------------------------------- what is set, when
 
+def test_config_files_may_name_the_settings_of_another_script(new, write, tmp_path):
+    other = tmp_path / "other.py"
+    other.write_text("import os\nlearning_rate = 1e-3  # of theirs\nwidth: int | None = None\n")
+    file = write("count = 4\nlearning_rate = 3\nwidth = 5")
+    config, given = configure(new, [file], others=other)
+    assert given == {"count": 4} and "learning_rate" not in config
+    assert "'learning_rat' does not exist" in error_of(
+        new, write("learning_rat = 3", "typo.py"))
+    for argument in (file, "--learning_rate=3"):  # without `others`, or as an argument
+        with pytest.raises(UserError, match="'learning_rate' does not exist"):
+            configure(new, [argument], **({} if argument == file else {"others": other}))
+
+
 def test_without_arguments_settings_keep_their_defaults(new, capsys):
     config, given = configure(new, [])
     assert config == {"count": 3, "rate": 0.5, "name": "x", "flag": False, "maybe": None,
@@ -457,7 +470,7 @@ def test_help_prints_the_docstring_and_each_setting_with_default_and_comment(new
 
 def settings_in(text: str) -> dict[str, str]:
     """Names and trailing comments of the settings in a script's text, found line by line."""
-    before, _, _ = text.partition("configure(globals())")
+    before, _, _ = text.partition("configure(globals()")
     found = re.findall(r"^([a-z]\w*)(?:: [^=\n]+)? = [^\n]*?(?:  # ([^\n]*))?$", before, re.M)
     return dict(found)
 

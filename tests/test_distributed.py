@@ -43,7 +43,7 @@ if "RANK" in os.environ:  # a worker
     rank, life = int(os.environ["RANK"]), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     run = sys.modules["__main__"]
     torchrun = os.getppid()
-    cross_entropy, init = torch.nn.functional.cross_entropy, DistributedDataParallel.__init__
+    init = DistributedDataParallel.__init__
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1  # no worker outlives its torchrun, whatever becomes of the test
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -57,10 +57,10 @@ if "RANK" in os.environ:  # a worker
         while not run.stop_signals.received:
             time.sleep(0.01)
 
-    def struck(*args, **kwargs):
-        if torch.is_grad_enabled() and getattr(run, "micro_step", None) == rank:
+    def strike(module, args, output):
+        if (type(module).__name__ == "GPT" and torch.is_grad_enabled()
+                and getattr(run, "micro_step", None) == rank):
             exec(os.environ["FAULT"], globals() | {"step": run.iter_num})
-        return cross_entropy(*args, **kwargs)
 
     def counted(self, *args, **kwargs):
         init(self, *args, **kwargs)
@@ -77,7 +77,7 @@ if "RANK" in os.environ:  # a worker
                 str(args[0]).startswith(os.environ["OUT"]):
             note("writes", os.path.basename(args[0]))
 
-    torch.nn.functional.cross_entropy = struck
+    torch.nn.modules.module.register_module_forward_hook(strike)
     DistributedDataParallel.__init__ = counted
     sys.addaudithook(audit)
 """

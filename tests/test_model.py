@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,9 +14,11 @@ from model import (
     GPT,
     CausalSelfAttention,
     GPTConfig,
+    Linear,
     attention,
     attention_by_hand,
     draw,
+    dropout,
 )
 
 SHAPE = {"block_size": 32, "vocab_size": 300, "n_layer": 3, "n_head": 4, "n_embd": 64}
@@ -172,6 +175,7 @@ def test_attention_dropout_keeps_the_mean(attend):
 def test_dropout_acts_where_it_does_in_transformers(folder, idx, monkeypatch):
     # Written out, both draw their masks in the same order, so one seed makes them equal.
     monkeypatch.setattr(CausalSelfAttention, "attend", staticmethod(attention_by_hand))
+    monkeypatch.setattr(model_module, "dropout", F.dropout)
     ours = GPT.from_pretrained(str(folder), dropout=0.3).train()
     theirs = transformers.GPT2LMHeadModel.from_pretrained(
         folder, embd_pdrop=0.3, attn_pdrop=0.3, resid_pdrop=0.3,
@@ -187,6 +191,176 @@ def test_dropout_acts_in_training_only(folder, idx):
     assert not torch.equal(gpt(idx)[0], gpt(idx)[0])
     gpt.eval()
     assert torch.equal(gpt(idx)[0], gpt(idx)[0])
+
+
+# ------------------------------------------------------- fast paths, each against the plain one
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The distance of two tensors over the length of the second, in float64."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("p, of_256", [(0.2, 51), (0.5, 128), (0.001, 1), (0.999, 255)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_on_a_cpu_zeroes_its_share_and_scales_the_rest_by_just_that(p, of_256, dtype):
+    torch.manual_seed(0)
+    dropped = dropout(torch.ones(1001, 999, dtype=dtype), p)
+    assert (dropped == 0).double().mean().item() == pytest.approx(of_256 / 256, abs=0.002)
+    scale = torch.tensor(256 / (256 - of_256), dtype=dtype)
+    assert set(dropped.unique().tolist()) == {0.0, scale.item()}
+
+
+def test_dropout_on_a_cpu_has_no_pattern():
+    torch.manual_seed(0)
+    kept = (dropout(torch.ones(8 * 40_000), 0.5) > 0).double().view(-1, 8)
+    correlation = torch.corrcoef(torch.cat([kept, kept.roll(1, 0)], dim=1).t())  # and with the last
+    assert (correlation - torch.eye(16)).abs().max() < 0.03
+
+
+def test_dropout_is_the_seeds_and_its_gradient_is_its_mask():
+    x = torch.randn(7, 11, requires_grad=True)
+    torch.manual_seed(3)
+    first = dropout(x, 0.4)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x, 0.4), first)
+    grad, = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(grad * x, first)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("V, B", [(300, 4), (50304, 22)])  # in one chunk, and in three
+def test_the_loss_alone_is_the_loss_beside_the_logits(V, B, dtype, tolerance):
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=32, vocab_size=V, n_layer=1, n_head=2, n_embd=32))
+    idx = torch.randint(V, (B, 32))
+    targets = torch.randint(V, (B, 32))
+    targets[0, 3:9] = -1
+    found = []
+    for loss_only in (False, True):
+        gpt.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits, loss = gpt(idx, targets, loss_only=loss_only)
+        assert (logits is None) is loss_only
+        (loss / 4).backward()
+        found.append((loss.detach(), [p.grad for p in gpt.parameters()]))
+    (plain_loss, plain), (loss, chunked) = found
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(plain_loss.item(), rel=tolerance / 10)
+    for grad, expected in zip(chunked, plain, strict=True):
+        assert relative(grad, expected) < tolerance
+
+
+def test_the_loss_alone_cannot_be_differentiated_twice_by_mistake(idx):
+    loss = GPT(GPTConfig(**SHAPE))(idx, idx, loss_only=True)[1]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+def test_the_loss_alone_takes_less_memory_than_the_logits():
+    # The largest tensor that is ever made, in elements: never all rows of all columns.
+    gpt = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=1, n_head=2, n_embd=16))
+    idx = torch.zeros(12, 64, dtype=torch.long)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        gpt(idx, idx, loss_only=True)[1].backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 4 * 333 * 50304 <= largest < 4 * 12 * 64 * 50304
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 3, 10, 16, 17])
+def test_few_rows_are_multiplied_like_many(rows, bias, dtype, tolerance):
+    torch.manual_seed(0)
+    layer = Linear(256, 1024, bias=bias).to(dtype)
+    x = torch.randn(rows, 1, 256, dtype=dtype)
+    expected = F.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        y = layer(x)
+    assert y.shape == (rows, 1, 1024) and y.dtype == dtype and y.is_contiguous()
+    assert relative(y, expected) < tolerance
+
+
+@pytest.mark.parametrize("T", [16, 128, 129])
+def test_attention_in_bfloat16_has_the_gradients_of_float32(T):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 2, T, 8, requires_grad=True) for _ in range(3)]
+    plain = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    ours = attention(*(x.bfloat16() for x in inputs))
+    assert relative(ours, plain) < 1e-2
+    weights = torch.randn_like(plain)
+    for found, expected in zip(torch.autograd.grad((ours * weights).sum(), inputs),
+                               torch.autograd.grad((plain * weights).sum(), inputs), strict=True):
+        assert relative(found, expected) < 2e-2
+
+
+def test_200_steps_in_bfloat16_follow_the_losses_of_float32():
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        gpt = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=64))
+        optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.99))
+        following = torch.randint(64, (64, 4))  # each token is followed by one of four
+        text = [0]
+        for choice in torch.randint(4, (4000,)).tolist():
+            text.append(following[text[-1], choice].item())
+        text = torch.tensor(text)
+        curve = []
+        for _ in range(200):
+            starts = torch.randint(len(text) - 33, (8,))
+            x = torch.stack([text[start:start + 33] for start in starts])
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = gpt(x[:, :-1], x[:, 1:], loss_only=True)[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.item())
+        losses.append(torch.tensor(curve))
+    plain, bfloat16 = losses
+    assert plain[-1] < 0.7 * plain[0]
+    smooth = [curve.view(10, 20).mean(dim=1) for curve in (plain, bfloat16)]
+    torch.testing.assert_close(smooth[1], smooth[0], rtol=0.01, atol=0)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """torch.compile that stops at the graphs, without the minute that code takes; and their
+    counters, from zero."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile",
+                        lambda f, mode=None, **options: compile(f, backend="eager", **options))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    return counters
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_training_and_evaluation_are_a_graph_each_without_breaks(graphs, p):
+    gpt = GPT(GPTConfig(**SHAPE, dropout=p))
+    net = torch.compile(gpt)
+    for _ in range(3):
+        idx = torch.randint(300, (2, 32))
+        gpt.train()
+        net(idx, idx, loss_only=True)[1].backward()
+        gpt.eval()
+        with torch.no_grad():
+            net(idx, idx)
+    assert graphs["stats"]["unique_graphs"] == 2
+    assert not graphs["graph_break"]
+
+
+def test_compiled_decoding_is_one_graph_and_says_the_same(graphs, gpt, idx):
+    compiled = GPT(gpt.config).eval()
+    compiled.load_state_dict(gpt.state_dict())
+    compiled.compile_decode()
+    for prompt in (idx[:, :5], idx[:, :9]):  # and beyond block_size = 32
+        n = 40 - prompt.size(1)
+        assert torch.equal(compiled.generate(prompt, n, temperature=0),
+                           gpt.generate(prompt, n, temperature=0))
+    assert graphs["stats"]["unique_graphs"] == 1
+    assert not graphs["graph_break"]
 
 
 # ------------------------------------------------------------------------------------ sampling

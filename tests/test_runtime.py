@@ -10,7 +10,7 @@ import runtime
 from configurator import UserError
 from runtime import Runtime, StopSignals, choose_compile, choose_device, choose_dtype, seed_torch
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
 @pytest.fixture
@@ -61,28 +61,34 @@ def test_a_device_that_is_not_there_is_refused(machine, device, words):
     ({"avx512": True, "avx2": True, "amx_bf16": False}, "float32")])
 def test_a_cpu_gets_bfloat16_where_it_multiplies_it(machine, has, expected):
     machine(**has)
-    assert choose_dtype(None, CPU) == expected
+    assert choose_dtype(None, CPU, n_embd=256) == expected
+
+
+@pytest.mark.parametrize("device, expected", [(CPU, "float32"), (CUDA, "bfloat16")])
+def test_a_narrow_model_gets_float32_on_a_cpu_alone(machine, device, expected):
+    machine(cuda=1, bf16=True, amx_bf16=True)
+    assert choose_dtype(None, device, n_embd=255) == expected
 
 
 @pytest.mark.parametrize("bf16, expected", [(True, "bfloat16"), (False, "float16")])
 def test_a_gpu_gets_bfloat16_where_it_multiplies_it_without_emulation(machine, bf16, expected):
     machine(cuda=1, bf16=bf16, amx_bf16=True)  # whatever the CPU beside it can do
-    assert choose_dtype(None, CUDA) == expected
+    assert choose_dtype(None, CUDA, n_embd=768) == expected
 
 
 def test_a_precision_asked_for_is_taken(machine):
     machine(cuda=1)
     for dtype in ("float32", "float16", "bfloat16"):
-        assert choose_dtype(dtype, CUDA) == dtype
-    assert choose_dtype("bfloat16", CPU) == "bfloat16"
+        assert choose_dtype(dtype, CUDA, 768) == dtype
+    assert choose_dtype("bfloat16", CPU, 64) == "bfloat16"
 
 
 def test_float16_on_a_cpu_and_unknown_precisions_are_refused(machine):
     machine()
     with pytest.raises(UserError, match="float16.*bfloat16 or float32"):
-        choose_dtype("float16", CPU)
+        choose_dtype("float16", CPU, 768)
     with pytest.raises(UserError, match="bfloat16, float16, float32.*did you mean bfloat16"):
-        choose_dtype("bfloat", CPU)
+        choose_dtype("bfloat", CPU, 768)
 
 
 def test_a_gpu_is_set_by_its_number(machine, monkeypatch):
@@ -91,7 +97,7 @@ def test_a_gpu_is_set_by_its_number(machine, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    assert runtime.start(None, None, None).device == torch.device("cuda", 0)
+    assert runtime.start(None, None, None, n_embd=768, flops=0).device == torch.device("cuda", 0)
     assert chosen == [0]
 
 
@@ -111,11 +117,19 @@ def compilers(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("there, device, expected", [
     (["gcc"], CUDA, True), (["clang"], CUDA, True), ([], CUDA, False), (["g++"], CUDA, False),
-    (["g++"], CPU, False), ([], CPU, False)])
-def test_a_gpu_compiles_where_there_is_a_compiler(compilers, there, device, expected):
+    (["g++"], CPU, True), ([], CPU, False)])
+def test_long_runs_compile_where_there_is_a_compiler(compilers, capsys, there, device, expected):
     compilers(*there)
-    assert choose_compile(None, device) is expected
-    assert choose_compile(False, device) is False
+    assert choose_compile(None, device, flops=1e15) is expected
+    assert ("not compiled" in capsys.readouterr().out) is not expected
+    assert choose_compile(False, device, flops=1e15) is False
+
+
+@pytest.mark.parametrize("device, expected", [(CPU, False), (CUDA, True), (MPS, False)])
+def test_short_runs_compile_on_a_gpu_alone(compilers, capsys, device, expected):
+    compilers("gcc", "g++")
+    assert choose_compile(None, device, flops=9e14) is expected
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("there, device", [
@@ -125,7 +139,7 @@ def test_compiling_is_done_where_it_is_asked_for_and_possible(compilers, monkeyp
     compilers(*there)
     if there == ["my-cc"]:
         monkeypatch.setenv("CXX" if device == CPU else "CC", "my-cc")
-    assert choose_compile(True, device) is True
+    assert choose_compile(True, device, flops=0) is True
 
 
 @pytest.mark.parametrize("there, device, words", [
@@ -133,7 +147,7 @@ def test_compiling_is_done_where_it_is_asked_for_and_possible(compilers, monkeyp
 def test_compiling_without_a_compiler_is_refused(compilers, there, device, words):
     compilers(*there)
     with pytest.raises(UserError) as refused:
-        choose_compile(True, device)
+        choose_compile(True, device, flops=0)
     for word in [*words, "--compile=False"]:
         assert word in str(refused.value)
 

@@ -30,18 +30,17 @@ SITECUSTOMIZE = """
 import glob, math, os, resource, shutil, signal, sys
 import torch
 
-computed = torch.nn.functional.cross_entropy
-
-
-def cross_entropy(*args, **kwargs):
+def strike(module, args, output):
+    if type(module).__name__ != "GPT":
+        return None
     run = sys.modules["__main__"]
-    scope = globals() | {"loss": computed(*args, **kwargs), "step": run.iter_num, "run": run,
+    scope = globals() | {"loss": output[1], "step": run.iter_num, "run": run,
                          "training": torch.is_grad_enabled()}
     exec(os.environ["FAULT"], scope)
-    return scope["loss"]
+    return output[0], scope["loss"]
 
 
-torch.nn.functional.cross_entropy = cross_entropy
+torch.nn.modules.module.register_module_forward_hook(strike)
 """
 
 
