@@ -3,8 +3,9 @@
 A checkpoint is one file, a dict: model, optimizer, scaler (state dicts), model_args (GPTConfig),
 config (the settings), iter_num (steps done), best_val_loss, history (all evaluations), meta (the
 tokenizer's vocabulary; None for GPT-2's), seconds (of training so far), bad_steps (skipped in a
-row at the end), good_loss (of the last step before them), loss_max (since the last log line). Files
-with only model, model_args and config, as other minimal GPT trainers write them, are read too.
+row at the end), good_loss (of the last step before them), loss_max and most_bad_steps (since the
+last log line). Files with only model, model_args and config, as other minimal GPT trainers write
+them, are read too.
 """
 
 import fcntl

@@ -43,7 +43,7 @@ def configure(settings: dict, argv: list[str] | None = None, others: Path | None
         hold a bool, int, float, str or None are the settings; an annotation such as `int | None`
         widens what one accepts, otherwise the type of the default decides.
     argv: arguments without the program's name; `sys.argv[1:]` if None.
-    others: a script whose settings config files may name too; those that are not ours do nothing.
+    others: a script whose settings config files may set too; those that are not ours do nothing.
     Returns (config, given): all settings by name, and those that files or arguments named,
         whether or not they differ from the default.
     Raises UserError. From here on an uncaught UserError ends the process in one line on stderr
@@ -211,9 +211,11 @@ def _help(settings: dict, kinds: dict) -> str:
 
 
 def _assignments(path: str | Path) -> dict[str, int]:
-    """The names that a script assigns at its top level, and the line where each is first."""
+    """The names that a script assigns before it calls `configure`, and the line of each."""
     lines = {}
     for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+        if getattr(getattr(getattr(node, "value", None), "func", None), "id", "") == "configure":
+            break
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if isinstance(target, ast.Name):
             lines.setdefault(target.id, node.lineno)

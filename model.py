@@ -81,9 +81,10 @@ class Linear(nn.Linear):
         if (x.device.type != "cpu" or rows > 16 or torch.is_grad_enabled()
                 or torch.is_autocast_enabled("cpu")):
             return super().forward(x)
-        if rows == 1:  # in bfloat16 at up to twice the speed of F.linear
+        if rows == 1:  # in bfloat16 at up to twice the speed of F.linear (Xeons with AMX)
             y = torch.mv(self.weight, x.flatten())
-        elif rows > 2 and x.dtype == torch.float32 and self.weight.numel() >= 2**18:  # likewise
+        elif rows > 2 and x.dtype == torch.float32 and self.weight.numel() >= 2**18:
+            # MKL takes half the time this way round; less than a megabyte of weights gains nothing
             y = (self.weight @ x.reshape(rows, -1).t().contiguous()).t().contiguous()
         else:
             return super().forward(x)
@@ -100,7 +101,7 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     if x.device.type != "cpu":
         return F.dropout(x, p)
     zeroed = min(max(round(256 * p), 1), 255)  # of the 256 values of a byte
-    bits = torch.randint(-2**63, 2**63 - 1, (-(-x.numel() // 8),))  # int64
+    bits = torch.randint(-2**63, 2**63 - 1, (-(-x.numel() // 8),), device=x.device)  # int64
     kept = bits.view(torch.uint8)[:x.numel()].view(x.shape) >= zeroed
     return x * kept.to(x.dtype).mul_(256 / (256 - zeroed))
 
@@ -124,7 +125,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float = 0.0,
     T = q.size(2)
     # A CPU's fused kernel knows no dropout, and in bfloat16 its backward is slow on short blocks.
     if q.device.type == "cpu" and (p or (q.dtype == torch.bfloat16 and 1 < T <= 128)):
-        return attention_by_hand(q, k, v, p)
+        return attention_by_hand(q, k, v, p, seen)
     # A single new token may read all S; is_causal would leave it the first alone.
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=p, is_causal=T > 1)
 
@@ -211,15 +212,16 @@ class Block(nn.Module):
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of the logits x @ weight.T, of which a chunk of rows is held at a time.
 
-    Each chunk's part of the gradients is computed beside its part of the loss, and no logits are
-    kept for the backward pass: over 50,304 columns they would be most of a small batch's memory.
+    Each chunk's part of the gradients is computed beside its part of the loss, so that no logits
+    are kept for the backward pass: over 50,304 columns they are a large part of all memory.
     """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                 dtype: torch.dtype) -> torch.Tensor:
         """x: (N, C); weight: (V, C); targets: (N,) int64, -1 where there is nothing to predict;
-        dtype: of the matrix products, while sums are float32. Returns the loss, a scalar."""
+        dtype: of the matrix products, float32 or bfloat16: float16 would need a scaled loss.
+        Returns the loss, a float32 scalar."""
         rows = max(len(x) // 8, 2**24 // len(weight))  # 64 MB of logits, or an eighth of them
         counted = targets >= 0
         loss = torch.zeros((), device=x.device)
@@ -230,10 +232,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 strict=True):
             x_part, target = x_part.to(dtype), target.clamp(min=0).unsqueeze(1)  # (n, C), (n, 1)
             log_probs = (x_part @ matrix.t()).float().log_softmax(dim=-1)  # (n, V)
-            loss -= (log_probs.gather(1, target).squeeze(1) * counts).sum()
+            loss -= log_probs.gather(1, target).squeeze(1).masked_fill(~counts, 0.0).sum()
             grad = log_probs.exp_()  # of the logits: the probabilities, less 1 at the target
             grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-            grad = grad.mul_(counts.unsqueeze(1)).to(dtype)
+            grad = grad.masked_fill_(~counts.unsqueeze(1), 0.0).to(dtype)
             x_grad_part.copy_(grad @ matrix)
             weight_grad += grad.t() @ x_part
         n = counted.sum()
@@ -243,7 +245,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, loss_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_grad, weight_grad, n = ctx.saved_tensors
-        return x_grad.mul_(loss_grad / n), weight_grad.mul_(loss_grad / n), None, None
+        scale = loss_grad / n
+        return x_grad.mul_(scale), weight_grad.mul_(scale), None, None
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -285,7 +288,7 @@ class GPT(nn.Module):
         past: (n_layer, 2, B, H, S_max, D), the keys and values of the positions before start;
             those of idx are written into it. A start that is a tensor, (), with T = 1, leaves all
             shapes alike from token to token, as compiled code wants it.
-        loss_only: leave the logits out, which takes far less memory.
+        loss_only: leave the logits out, which takes far less memory in training.
         Returns (logits, loss): (B, T, V), or None if loss_only, and a scalar with targets; without
             them, the logits of the last position alone, (B, 1, V), and None.
         Raises ValueError if the sequence is longer than block_size.
@@ -306,15 +309,14 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None  # (B, 1, V)
-        if loss_only:
-            device = idx.device.type
-            dtype = (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device)
-                     else x.dtype)
+        device = idx.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if loss_only and dtype != torch.float16:
             return None, LinearCrossEntropy.apply(
                 x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype)
         logits = self.lm_head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return logits, loss
+        return None if loss_only else logits, loss
 
     # ---------------------------------------------------------------------------------- sampling
 
@@ -324,9 +326,9 @@ class GPT(nn.Module):
         return self(token, past=past, start=position)[0]
 
     def compile_decode(self) -> None:
-        """Have `stream` compile what it does for each token; on a GPU, into one CUDA graph."""
-        self.compiled_decode = torch.compile(
-            self.decode, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        """Have `stream` compile what it does for each token, once for each number of sequences;
+        on a GPU, into a CUDA graph."""
+        self.compiled_decode = torch.compile(self.decode, mode="reduce-overhead", dynamic=False)
 
     @torch.no_grad()
     def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
@@ -364,8 +366,9 @@ class GPT(nn.Module):
         device = idx.device
         dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
                  else self.lm_head.weight.dtype)
-        past = torch.zeros(c.n_layer, 2, B, c.n_head, min(T + max_new_tokens, block_size),
-                           c.n_embd // c.n_head, dtype=dtype, device=device)
+        S = block_size if self.compiled_decode else min(T + max_new_tokens, block_size)
+        past = torch.zeros(c.n_layer, 2, B, c.n_head, S, c.n_embd // c.n_head, dtype=dtype,
+                           device=device)
         if self.compiled_decode:
             torch._dynamo.mark_static_address(past)  # a CUDA graph writes to fixed places only
         held = 0  # positions in past
@@ -376,8 +379,8 @@ class GPT(nn.Module):
             if held == block_size:
                 held, unread = 0, end - max(1, block_size // 2)
             if self.compiled_decode and unread == end - 1:
-                logits = self.compiled_decode(
-                    tokens[:, unread:end].clone(), past, torch.tensor(held, device=device))
+                token = tokens[:, unread:end].clone(memory_format=torch.contiguous_format)
+                logits = self.compiled_decode(token, past, torch.full((), held, device=device))
             else:
                 logits, _ = self(tokens[:, unread:end], past=past, start=held)
             held, unread = held + end - unread, end

@@ -1,7 +1,7 @@
 """Where a script runs: device, precision, compilation, processes, seeds, and the wish to stop.
 
-Choices left to us (a setting of None) follow from what the hardware can do, never from a timing,
-so that two runs on one machine choose alike.
+Choices left to us (a setting of None) follow from what the hardware can do, the model's width and
+the length of the run, never from a timing, so that two runs on one machine choose alike.
 """
 
 import os
@@ -140,6 +140,13 @@ def process() -> tuple[int, int]:
                         f"0 <= RANK < WORLD_SIZE, as torchrun sets them; unset both for one "
                         f"process")
     return int(rank), int(world_size)
+
+
+def check(device: str | None, dtype: str | None, compile: bool | None) -> None:
+    """Raise UserError for what this machine does not have, before anything large is read."""
+    there = choose_device(device)
+    choose_dtype(dtype, there, n_embd=1)
+    choose_compile(compile, there, flops=0)
 
 
 def start(device: str | None, dtype: str | None, compile: bool | None, n_embd: int, flops: float,
@@ -291,7 +298,7 @@ def choose_compile(compile: bool | None, device: torch.device, flops: float) -> 
                         f"in {variable}, or use --compile=False")
     if compile is None:
         compile = device.type == "cuda" or (device.type == "cpu" and flops >= 1e15)
-        if compile and not there:
+        if compile and not there and flops:
             announce(f"not compiled, as {missing}: install one to train faster")
     return compile and there
 

@@ -40,6 +40,7 @@ from data.tokenizer import get_tokenizer
 
 # ------------------------------------------------------------------------------- model, tokenizer
 
+runtime.check(device, dtype, compile)
 with user_errors():
     if init_from == "resume":
         contents = load(Path(out_dir) / checkpoint if checkpoint else path_to_sample(out_dir))

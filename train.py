@@ -35,7 +35,7 @@ block_size = 1024  # tokens in a sequence
 n_layer = 12
 n_head = 12
 n_embd = 768
-dropout = 0.0  # share of activations zeroed in training; raise it where the data are few
+dropout = 0.0  # share of activations zeroed in training, on a CPU in 256ths; for few data
 bias = False  # whether Linear and LayerNorm add one, as GPT-2's do
 activation = "gelu_tanh"  # gelu_tanh | gelu | relu
 # AdamW
@@ -45,7 +45,7 @@ weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0: any
-max_bad_steps = 10  # give up after so many in a row with a loss or gradient that is not finite
+max_bad_steps = 10  # give up when so many in a row had a loss or gradient that is not finite
 # learning rate schedule
 decay_lr = True  # warm up, then follow a cosine down to min_lr; False: learning_rate throughout
 warmup_iters = 2000
@@ -56,7 +56,7 @@ seed = 1337  # of initialisation, batches and dropout
 backend: str | None = None  # nccl | gloo, between processes; None: choose
 collective_timeout = 600  # seconds until processes give up on a silent one; longer than a save
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
-dtype: str | None = None  # float32 | bfloat16 | float16; None: bfloat16 if CUDA or the CPU has it
+dtype: str | None = None  # float32 | bfloat16 | float16; None: by what the machine multiplies fast
 compile: bool | None = None  # torch.compile; None: on CUDA, and on a CPU for long runs
 
 config, given = configure(globals())
@@ -115,6 +115,7 @@ _, world_size = runtime.process()
 if gradient_accumulation_steps % world_size:
     raise UserError(f"gradient_accumulation_steps = {gradient_accumulation_steps} does not divide "
                     f"among {world_size} processes: choose a multiple of {world_size}")
+runtime.check(device, dtype, compile)
 
 # ---------------------------------------------------------------------------------- data, model
 
@@ -169,6 +170,7 @@ if resumed:
     history, seconds_before = resumed.get("history", []), resumed.get("seconds", 0.0)
     bad_steps, good_loss = resumed.get("bad_steps", 0), resumed.get("good_loss", math.nan)
     loss_max = resumed.get("loss_max", -math.inf)
+    most_bad_steps = resumed.get("most_bad_steps", bad_steps)
     checkpoint.load_optimizer(optimizer, scaler, resumed)
     del resumed["model"], resumed["optimizer"]  # their memory is needed
 # These stay on the device, where they change in every step: only a log line waits for them.
@@ -261,6 +263,7 @@ def sound() -> bool:
 
 def save(name: str) -> None:
     """Write all that the run needs to go on from here, if the model still works."""
+    give_up_on_bad_steps()
     if not sound():
         raise diverged(f"the weights after {iter_num} steps are not finite, or their loss is not")
     if rt.is_main:
@@ -270,7 +273,14 @@ def save(name: str) -> None:
             "scaler": scaler.state_dict(), "model_args": model_args, "config": config,
             "iter_num": iter_num, "best_val_loss": best_val_loss, "history": history,
             "meta": meta, "seconds": seconds(), "bad_steps": int(bad_steps),
-            "good_loss": good_loss.item(), "loss_max": loss_max.item()})
+            "most_bad_steps": int(most_bad_steps), "good_loss": good_loss.item(),
+            "loss_max": loss_max.item()})
+
+
+def give_up_on_bad_steps() -> None:
+    if most_bad_steps >= max_bad_steps:
+        raise diverged(f"{int(most_bad_steps)} steps in a row, by step {iter_num}, had a loss or a "
+                       f"gradient that is not finite")
 
 
 def diverged(what: str) -> RunError:
@@ -368,31 +378,34 @@ while True:
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     rt.add_up(losses)  # now those of all processes
     loss = losses.mean()
-    bad = 1.0 - torch.stack([loss, grad_norm]).isfinite().all().float()
-    optimizer.found_inf = bad  # how a GradScaler, too, has the fused optimizer skip a step
-    scaler.step(optimizer)
+    is_bad = 1.0 - torch.stack([loss, grad_norm]).isfinite().all().float()  # 1 or 0
+    # A fused optimizer leaves out a step with this: on a GPU's word, without the host's. MPS is not
+    # known to. (scaler.step would put what the scaler found in its place, which is less.)
+    optimizer.found_inf = is_bad
+    if rt.device.type != "mps" or not is_bad:
+        optimizer.step()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    bad_steps = (bad_steps + 1) * bad
+    bad_steps = (bad_steps + 1) * is_bad
     most_bad_steps = torch.maximum(most_bad_steps, bad_steps)
     loss_max = torch.maximum(loss_max, losses.max())
-    good_loss = torch.where(bad > 0, good_loss, loss)
+    good_loss = torch.where(is_bad > 0, good_loss, loss)
     stopwatch.lap("optimizer_ms")
 
     # log: here alone a step waits for the device
     if iter_num % log_interval == 0:
-        numbers = torch.stack([loss, loss_max, grad_norm, most_bad_steps]).tolist()
+        loss, loss_most, norm, bad_most = torch.stack(
+            [loss, loss_max, grad_norm, most_bad_steps]).tolist()
         phases_ms = stopwatch.read()
         dt = sum(phases_ms.values()) / 1e3
-        metrics.step({"iter": iter_num, "loss": numbers[0], "loss_max": numbers[1], "lr": lr,
-                      "grad_norm": numbers[2], "bad_steps": int(numbers[3]),
+        metrics.step({"iter": iter_num, "loss": loss, "loss_max": loss_most, "lr": lr,
+                      "grad_norm": norm, "bad_steps": int(bad_most),
                       "tokens_per_s": tokens_per_iter / dt,
                       "mfu": model.estimate_mfu(micro_steps * batch_size, dt, rt.peak_flops()),
                       **phases_ms, "seconds": seconds()})
-        if numbers[3] >= max_bad_steps:
-            raise diverged(f"{int(numbers[3])} steps in a row, up to step {iter_num}, had a loss "
-                           f"or a gradient that is not finite")
-        loss_max, most_bad_steps = torch.full_like(loss_max, -math.inf), bad_steps * 0
+        give_up_on_bad_steps()
+        loss_max = torch.full_like(loss_max, -math.inf)
+        most_bad_steps = torch.zeros_like(bad_steps)
     iter_num += 1
     metrics.advance()
 

@@ -17,7 +17,7 @@ import numpy as np
 from configurator import ROOT, UserError
 from data.tokenizer import Tokenizer
 
-T = TypeVar("T")
+Item = TypeVar("Item")
 DTYPE = np.dtype("<u2")
 IGNORE = -1  # a target where there is nothing to predict
 SCANNED = 2**26  # tokens of a longer file that `check_vocabulary` looks at
@@ -185,7 +185,7 @@ def gather(tokens: np.ndarray, starts: np.ndarray, block_size: int, vocab_size: 
     return x, y
 
 
-def prefetch(items: Iterator[T]) -> Iterator[T]:
+def prefetch(items: Iterator[Item]) -> Iterator[Item]:
     """The items of an endless iterator, each made in a thread while the one before is in use."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         coming = thread.submit(next, items)

@@ -351,16 +351,24 @@ def test_training_and_evaluation_are_a_graph_each_without_breaks(graphs, p):
     assert not graphs["graph_break"]
 
 
-def test_compiled_decoding_is_one_graph_and_says_the_same(graphs, gpt, idx):
+def test_compiled_decoding_is_one_graph_for_all_lengths_and_says_the_same(graphs, gpt, idx):
     compiled = GPT(gpt.config).eval()
     compiled.load_state_dict(gpt.state_dict())
     compiled.compile_decode()
-    for prompt in (idx[:, :5], idx[:, :9]):  # and beyond block_size = 32
-        n = 40 - prompt.size(1)
-        assert torch.equal(compiled.generate(prompt, n, temperature=0),
-                           gpt.generate(prompt, n, temperature=0))
+    for n in range(3, 13):  # more lengths than graphs that torch would keep
+        assert torch.equal(compiled.generate(idx[:, :5], n, temperature=0),
+                           gpt.generate(idx[:, :5], n, temperature=0))
+    assert torch.equal(compiled.generate(idx, 20, temperature=0),  # beyond block_size
+                       gpt.generate(idx, 20, temperature=0))
     assert graphs["stats"]["unique_graphs"] == 1
     assert not graphs["graph_break"]
+
+
+def test_the_loss_alone_is_whole_in_float16_whose_gradients_want_a_scaled_loss(gpt, idx):
+    with torch.autocast("cpu", torch.float16):
+        plain, (logits, loss) = gpt(idx, idx)[1], gpt(idx, idx, loss_only=True)
+    assert logits is None and loss.grad_fn.name() == "NllLossBackward0"
+    assert torch.equal(loss, plain)
 
 
 # ------------------------------------------------------------------------------------ sampling

@@ -402,6 +402,21 @@ def test_a_bad_step_is_printed_and_counted(skipped):
     assert [line.partition(":")[0] for line in lines] == ["iter 5", "iter 8"]
 
 
+def test_bad_steps_between_log_lines_are_counted_also_when_the_run_was_stopped_between(
+        life, tmp_path):
+    fault = "if training and step in (3, 4, 8): loss = loss * math.nan"
+    counts = []
+    for out, stop in (("one", ""), ("two", "if step == 5: os.kill(os.getpid(), 15)")):
+        folder = tmp_path / out
+        args = ["--log_interval=7", "--max_iters=15", "--eval_interval=100", "--keep_every=0"]
+        life(folder, *args, fault=f"{fault}\n{stop}")
+        if stop:
+            assert load(folder / "ckpt.pt")["iter_num"] == 6
+            life(folder, *args, fault=fault)
+        counts.append([step_record(folder, i)["bad_steps"] for i in (0, 7, 14)])
+    assert counts == [[0, 2, 1], [0, 2, 1]]
+
+
 def test_a_stop_right_after_a_bad_step_saves_like_any_other(life, tmp_path):
     fault = "if training and step == 5: loss = loss * math.nan; os.kill(os.getpid(), 15)"
     done = life(tmp_path, fault=fault)
@@ -438,7 +453,7 @@ def test_ten_bad_steps_in_a_row_end_the_run_though_it_was_killed_between(life, w
     assert killed.returncode == -signal.SIGKILL
     assert load(tmp_path / "ckpt_00000012.pt")["bad_steps"] == 6
     error = error_of(life(tmp_path, fault=STREAK), status=1)
-    assert "10 steps in a row, up to step 15," in error
+    assert "10 steps in a row, by step 15," in error
     assert f"last good loss: {step_record(whole, 5)['loss']:.4f}" in error
     assert "learning_rate" in error
     assert steps_held(tmp_path) == {"ckpt.pt": 8, "best.pt": 8, "ckpt_00000004.pt": 4,
@@ -453,7 +468,7 @@ def test_a_run_that_diverges_ends_after_max_bad_steps_and_keeps_the_last_good_ch
         life, whole, tmp_path):
     before = steps_held(copy(whole, tmp_path))
     error = error_of(life(tmp_path, *DIVERGING, "--max_bad_steps=3"), status=1)
-    assert "3 steps in a row, up to step 27," in error
+    assert "3 steps in a row, by step 27," in error
     assert f"last good loss: {step_record(tmp_path, 24)['loss']:.4f}" in error
     assert f"{tmp_path}/ckpt.pt, which holds step 24" in error
     assert "a smaller --learning_rate than 1e+38" in error
@@ -494,7 +509,7 @@ def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_all(life, tmp_pa
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     done = life(tmp_path, "--keep_every=1", "--max_bad_steps=2", fault=ONE_RANK, launcher=launcher)
     assert done.returncode == 1, done.stderr
-    assert "error: 2 steps in a row, up to step 7," in done.stderr
+    assert "error: 2 steps in a row, by step 7," in done.stderr
     assert [step_record(tmp_path, i)["bad_steps"] for i in range(8)] == [0, 0, 0, 1, 0, 0, 1, 2]
     states = [state(tmp_path / f"ckpt_{n:08d}.pt") for n in range(1, 8)]
     assert states[2] == states[3]  # step 3 is skipped
