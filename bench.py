@@ -108,7 +108,7 @@ if runtime.process()[1] > 1:
     raise UserError("bench.py measures one process: start it without torchrun")
 runtime.check(device, dtype, compile)
 path = dataset_folder(dataset) / "train.bin"
-found = real_data and path.exists() and "train" in modes
+found = real_data and path.exists() and modes != ["data"]
 meta = load_meta(path.parent) if found else None
 vocab_size = meta["vocab_size"] if meta else 50304
 gpu = runtime.choose_device(device).type == "cuda"
