@@ -199,6 +199,9 @@ class Plain(torch.nn.Module):
         layer.dropout.p = 0.0  # inside the MLP, where GPT-2 has none
         self.h = torch.nn.TransformerEncoder(
             layer, n_layer, torch.nn.LayerNorm(n_embd, bias=bias), enable_nested_tensor=False)
+        for p in self.parameters():
+            if p.dim() >= 2:  # PyTorch's own would make numbers so small that a CPU crawls
+                torch.nn.init.normal_(p, std=0.02)
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         """idx: (B, T) int64; returns the logits, (B, T, V)."""
