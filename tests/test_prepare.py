@@ -287,10 +287,10 @@ def test_a_disk_too_small_is_noticed_before_anything_is_written(tmp_path):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """30 MB of JSON lines: seconds of work."""
+    """120 MB of JSON lines: many seconds of work."""
     documents = texts(20_000)
     path = write_jsonl(tmp_path_factory.mktemp("large") / "large.jsonl", documents)
-    path.write_bytes(path.read_bytes() * (30_000_000 // path.stat().st_size + 1))
+    path.write_bytes(path.read_bytes() * (120_000_000 // path.stat().st_size + 1))
     return path
 
 
