@@ -23,7 +23,7 @@ stop: str | None = None  # end a sample at this token, such as "<|endoftext|>"
 seed = 1337
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
 dtype: str | None = None  # float32 | bfloat16 | float16; None: choose
-compile: bool | None = False  # torch.compile, worth its minute for long texts; None: on CUDA
+compile: bool | None = False  # torch.compile, which takes a minute: not for a CPU; None: on CUDA
 
 configure(globals())
 check(globals(), "num_samples >= 1", "max_new_tokens >= 0", "temperature >= 0",

@@ -263,7 +263,7 @@ def sound() -> bool:
 
 def save(name: str) -> None:
     """Write all that the run needs to go on from here, if the model still works."""
-    give_up_on_bad_steps()
+    give_up_after(most_bad_steps.item())
     if not sound():
         raise diverged(f"the weights after {iter_num} steps are not finite, or their loss is not")
     if rt.is_main:
@@ -277,10 +277,11 @@ def save(name: str) -> None:
             "loss_max": loss_max.item()})
 
 
-def give_up_on_bad_steps() -> None:
-    if most_bad_steps >= max_bad_steps:
-        raise diverged(f"{int(most_bad_steps)} steps in a row, by step {iter_num}, had a loss or a "
-                       f"gradient that is not finite")
+def give_up_after(n: float) -> None:
+    """End the run if n bad steps in a row are too many."""
+    if n >= max_bad_steps:
+        raise diverged(f"{int(n)} steps in a row, by step {iter_num}, had a loss or a gradient "
+                       f"that is not finite")
 
 
 def diverged(what: str) -> RunError:
@@ -403,7 +404,7 @@ while True:
                       "tokens_per_s": tokens_per_iter / dt,
                       "mfu": model.estimate_mfu(micro_steps * batch_size, dt, rt.peak_flops()),
                       **phases_ms, "seconds": seconds()})
-        give_up_on_bad_steps()
+        give_up_after(bad_most)
         loss_max = torch.full_like(loss_max, -math.inf)
         most_bad_steps = torch.zeros_like(bad_steps)
     iter_num += 1
