@@ -8,6 +8,7 @@ import fcntl
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import runpy
@@ -18,6 +19,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -633,6 +635,9 @@ def run(case: Case, here: Path, port: int = 0) -> subprocess.CompletedProcess:
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "numpy", "torch.nn.parallel"])
+# `start` asks after the ends of all processes: of two threads that learn of one end at the same
+# moment, one is told that its status is 255.
+ONE_AT_A_TIME = threading.Lock()
 
 
 def forked(args: list[str], here: Path, environment: dict[str, str],
@@ -642,10 +647,13 @@ def forked(args: list[str], here: Path, environment: dict[str, str],
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = FORKS.Process(target=be_script, args=(
             args, here, environment, DupFd(out.fileno()), DupFd(err.fileno())))
-        process.start()
-        process.join(120)
-        process.kill()
-        process.join()
+        with ONE_AT_A_TIME:
+            process.start()
+        multiprocessing.connection.wait([process.sentinel], timeout=120)
+        with ONE_AT_A_TIME:
+            if process.exitcode is None:
+                process.kill()
+            process.join()
         for file in (out, err):
             file.seek(0)
         return subprocess.CompletedProcess(args, process.exitcode, out.read(), err.read())
