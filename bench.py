@@ -31,7 +31,14 @@ n_head = 12
 n_embd = 768
 dropout = 0.0
 bias = False  # in Linear and LayerNorm
-activation = "gelu_tanh"  # gelu_tanh | gelu | relu
+activation = "gelu_tanh"  # gelu_tanh | gelu | relu | relu2
+positions = "learned"  # learned | rotary
+norm = "layernorm"  # layernorm | rmsnorm
+qk_norm = False
+tie_weights = True
+zero_init = False
+logit_softcap = 0.0
+optimizer = "adamw"  # adamw | muon
 # data
 real_data = True  # read the dataset's train.bin if it is there, else make up random tokens
 dataset = "openwebtext"  # a folder under data/, or the absolute path of one
@@ -56,6 +63,7 @@ check(globals(), "batch_size is None or batch_size >= 1", "block_size >= 1", "n_
 modes = {"train": ["train"], "sample": ["sample"], "data": ["data"],
          "all": ["train", "sample", "data"], "None": ["train", "sample"]}
 modes = modes[choose("mode", str(mode), list(modes))]
+choose("optimizer", optimizer, ["adamw", "muon"])
 choose("peer", str(peer), ["plain", "transformers", "None"])
 if profile and "train" not in modes:
     raise UserError(f"profile = True traces training, but mode = {mode!r}: use --mode=train")
@@ -233,7 +241,8 @@ if "train" in modes:
         tokens = np.random.default_rng(seed).integers(
             0, vocab_size, max(2**20, 2 * block_size)).astype(np.uint16)
         print(f"random tokens{f', as there is no {path}' if real_data else ''}")
-    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95))
+    opt = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), optimizer,
+                                     dtype=getattr(torch, rt.dtype))
     net = rt.compiled(model)
     stopwatch = Stopwatch(rt)
     batches = prefetch(rt.to_device(*gather(
@@ -249,8 +258,8 @@ if "train" in modes:
         stopwatch.lap("forward")
         loss.backward()
         stopwatch.lap("backward")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
         stopwatch.lap("optimizer")
 
     for _ in range(3 if rt.compile else 2):
@@ -305,7 +314,7 @@ if "train" in modes:
             train_step()
             rt.synchronize()
         print("          trace in bench_trace/: open it at https://ui.perfetto.dev")
-    del net, optimizer, works
+    del net, opt, works
     if peer:
         del their_model, their_optimizer
 

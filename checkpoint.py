@@ -23,7 +23,8 @@ import torch
 from configurator import UserError, announce, choose
 from data.bins import dataset_folder, written_whole
 from data.tokenizer import check_meta, load_meta
-from model import GPT, PRETRAINED, GPTConfig
+from model import GPT, GPTConfig
+from pretrained import PRETRAINED
 
 NEWEST, BEST, KEPT = "ckpt.pt", "best.pt", "ckpt_[0-9]*.pt"
 GPT2_IDS = 50257  # a vocabulary of fewer is not GPT-2's
@@ -214,11 +215,10 @@ def restore_settings(config: dict, given: dict, contents: dict) -> dict:
 
 def check_shape(given: dict, config: GPTConfig, source: object) -> None:
     """Raise UserError if settings that were given ask for another model than the loaded one."""
-    for name in ("n_layer", "n_head", "n_embd", "bias", "activation"):
-        if name in given and given[name] != getattr(config, name):
-            raise UserError(f"{name} = {given[name]!r}, but the model of {source} has "
-                            f"{getattr(config, name)!r}: leave it out, or use "
-                            f"--init_from=scratch")
+    for name, value in asdict(config).items():
+        if name not in ("block_size", "dropout") and given.get(name, value) != value:
+            raise UserError(f"{name} = {given[name]!r}, but the model of {source} has {value!r}: "
+                            f"leave it out, or use --init_from=scratch")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
@@ -235,8 +235,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):  # the fused step does not look at shapes
-            if any(saved["state"][i][name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")
-                   if i in saved["state"]):
+            if any(part.shape != p.shape for name, part in saved["state"].get(i, {}).items()
+                   if name != "step"):
                 raise ValueError("its tensors are in another order or of other shapes")
         groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
         options = [old | {k: v for k, v in new.items() if k != "params"} for old, new in groups]

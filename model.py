@@ -13,30 +13,29 @@ Shapes are written with these letters:
     S  tokens attended to: T, plus those already in the cache
 """
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu_tanh": partial(nn.GELU, approximate="tanh"),  # GPT-2's own
-    "gelu": nn.GELU,  # the exact form: checkpoints whose model_args name no activation
-    "relu": nn.ReLU,
-}
+import pretrained
+from kernels import Dropout, Linear, LinearCrossEntropy, RMSNorm, attention, softcap
+from muon import Muon
 
-PRETRAINED = {  # short names, and where the Hugging Face hub keeps them
-    "gpt2": "openai-community/gpt2",  # 124M parameters
-    "gpt2-medium": "openai-community/gpt2-medium",  # 350M
-    "gpt2-large": "openai-community/gpt2-large",  # 774M
-    "gpt2-xl": "openai-community/gpt2-xl",  # 1558M
-    "distilgpt2": "distilbert/distilgpt2",  # 82M
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's own
+    "gelu": F.gelu,  # the exact form: checkpoints whose model_args name no activation
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),  # arXiv:2109.08668
+}
+NORMS: dict[str, Callable[["GPTConfig"], nn.Module]] = {
+    "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),  # GPT-2's own
+    "rmsnorm": lambda config: RMSNorm(),  # without parameters
 }
 
 
@@ -54,7 +53,13 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # in Linear and LayerNorm, as in GPT-2
-    activation: str = "gelu_tanh"  # gelu_tanh | gelu | relu
+    activation: str = "gelu_tanh"  # gelu_tanh | gelu | relu | relu2
+    positions: str = "learned"  # learned | rotary
+    norm: str = "layernorm"  # layernorm | rmsnorm (without parameters)
+    qk_norm: bool = False  # whether queries and keys are normalised, head by head
+    tie_weights: bool = True  # whether the head's weights are the token embeddings
+    zero_init: bool = False  # whether an untied head, and what ends each half block, start at zero
+    logit_softcap: float = 0.0  # bends the logits to within +- this; 0: leaves them
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -66,82 +71,81 @@ class GPTConfig:
                              f"heads: choose a multiple of {self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: expected 0 <= dropout < 1")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation = {self.activation!r}: "
-                             f"expected one of {', '.join(ACTIVATIONS)}")
+        for name, choices in (("activation", ACTIVATIONS), ("positions", POSITIONS),
+                              ("norm", NORMS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: "
+                                 f"expected one of {', '.join(choices)}")
+        if self.positions == "rotary" and self.n_embd // self.n_head % 2:
+            raise ValueError(f"n_embd / n_head = {self.n_embd // self.n_head}: expected an even "
+                             f"number, as rotary positions turn pairs")
+        if self.logit_softcap < 0:
+            raise ValueError(f"logit_softcap = {self.logit_softcap}: expected 0 or more")
 
 
 # ----------------------------------------------------------------------------------------- layers
 
-class Linear(nn.Linear):
-    """nn.Linear, faster where a CPU decodes: for a few rows, reading the weights is the work."""
+class LearnedPositions(nn.Embedding):
+    """A vector for each position, added to that of its token: GPT-2's way."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.numel() // self.in_features
-        if (x.device.type != "cpu" or rows > 16 or torch.is_grad_enabled()
-                or torch.is_autocast_enabled("cpu")):
-            return super().forward(x)
-        if rows == 1:  # in bfloat16 at up to twice the speed of F.linear (Xeons with AMX)
-            y = torch.mv(self.weight, x.flatten())
-        elif rows > 2 and x.dtype == torch.float32 and self.weight.numel() >= 2**18:
-            # MKL takes half the time this way round; less than a megabyte of weights gains nothing
-            y = (self.weight @ x.reshape(rows, -1).t().contiguous()).t().contiguous()
-        else:
-            return super().forward(x)
-        y = y.reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.block_size, config.n_embd)
 
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """x: (B, T, C) token vectors; positions: (T,). Returns their sum, and what `turn` takes."""
+        return x + super().forward(positions), None
 
-def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Zero each element with probability p, and scale the others so that the mean stays.
+    def crop(self, block_size: int) -> None:
+        """Keep the first block_size positions. Raises ValueError if there are fewer."""
+        if not 1 <= block_size <= self.num_embeddings:
+            raise ValueError(f"block_size = {block_size}: the model has {self.num_embeddings} "
+                             f"positions, so choose at most as many")
+        self.weight = nn.Parameter(self.weight[:block_size].clone())
+        self.num_embeddings = block_size
 
-    On a CPU, where random numbers are dear, 64 random bits serve eight elements: p is then the
-    nearest of 1/256 to 255/256, and the scale is that of this p.
-    """
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
-    zeroed = min(max(round(256 * p), 1), 255)  # of the 256 values of a byte
-    bits = torch.randint(-2**63, 2**63 - 1, (-(-x.numel() // 8),), device=x.device)  # int64
-    kept = bits.view(torch.uint8)[:x.numel()].view(x.shape) >= zeroed
-    return x * kept.to(x.dtype).mul_(256 / (256 - zeroed))
+    @staticmethod
+    def turn(x: torch.Tensor, rotation: None) -> torch.Tensor:
+        """Queries and keys as they are."""
+        return x
 
 
-class Dropout(nn.Dropout):
-    """`dropout`, in training only."""
+class RotaryPositions(nn.Module):
+    """Queries and keys turned by angles that grow with the position, so that their products
+    depend on distances alone (arXiv:2104.09864). Nothing is learned, and no length is the last."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return dropout(x, self.p) if self.training and self.p else x
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.width = config.n_embd // config.n_head  # D
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor,
+                ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """x: (B, T, C) token vectors; positions: (T,). Returns x, and what `turn` takes."""
+        pair = torch.arange(self.width // 2, device=x.device)
+        angles = positions[:, None] * 10000.0 ** (-2 * pair / self.width)  # (T, D / 2) float32
+        cos, sin = angles.cos(), angles.sin()
+        return x, (torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1))  # (T, D) each
+
+    def crop(self, block_size: int) -> None:
+        """Any block_size will do."""
+        if block_size < 1:
+            raise ValueError(f"block_size = {block_size}: expected at least 1")
+
+    @staticmethod
+    def turn(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """x: (B, H, T, D), of which the components i and i + D / 2 are a point of a plane."""
+        cos, sin = rotation
+        return (x * cos + x.roll(x.size(3) // 2, dims=3) * sin).type_as(x)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float = 0.0,
-              seen: torch.Tensor | None = None) -> torch.Tensor:
-    """Causal attention, by the fastest kernels there are for it.
-
-    q: (B, H, T, D), the last T of the S positions of k and v: (B, H, S, D); T is S or 1.
-    p: dropout of the attention weights.
-    seen: (1, S) bool, the positions that a single q may read; None: all.
-    Returns (B, H, T, D).
-    """
-    T = q.size(2)
-    # A CPU's fused kernel knows no dropout, and in bfloat16 its backward is slow on short blocks.
-    if q.device.type == "cpu" and (p or (q.dtype == torch.bfloat16 and 1 < T <= 128)):
-        return attention_by_hand(q, k, v, p, seen)
-    # A single new token may read all S; is_causal would leave it the first alone.
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=p, is_causal=T > 1)
+POSITIONS = {"learned": LearnedPositions, "rotary": RotaryPositions}
 
 
-def attention_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float = 0.0,
-                      seen: torch.Tensor | None = None) -> torch.Tensor:
-    """The same as `attention`, written out, for any T <= S."""
-    (B, H, T, D), S = q.shape, k.size(2)
-    if seen is None:
-        seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
-    mask = torch.zeros(T, S, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
-    scores = torch.baddbmm(mask, q.reshape(B * H, T, D), k.reshape(B * H, S, D).transpose(1, 2),
-                           alpha=1 / math.sqrt(D))  # (B * H, T, S)
-    weights = scores.softmax(dim=-1)
-    weights = dropout(weights, p) if p else weights
-    return (weights @ v.reshape(B * H, S, D)).view(B, H, T, D)
+class Place(NamedTuple):
+    """Where the tokens of one forward pass stand, the same for every block."""
+
+    positions: torch.Tensor  # (T,) int64
+    rotation: tuple[torch.Tensor, torch.Tensor] | None  # what their positions' `turn` takes
+    seen: torch.Tensor | None  # (1, S) bool, what a single token may read; None: all before it
 
 
 class CausalSelfAttention(nn.Module):
@@ -154,24 +158,23 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.qk_norm = RMSNorm() if config.qk_norm else nn.Identity()
+        self.turn = POSITIONS[config.positions].turn
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, past: torch.Tensor | None = None,
-                positions: torch.Tensor | None = None, seen: torch.Tensor | None = None,
+    def forward(self, x: torch.Tensor, place: Place, past: torch.Tensor | None = None,
                 ) -> torch.Tensor:
-        """x: (B, T, C); past: (2, B, H, S, D) keys and values, to which those of x are added at
-        positions, (T,); seen: which of the S a single x may read, as in `attention`."""
+        """x: (B, T, C); past: (2, B, H, S, D), keys and values, into which those of x go."""
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
-        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
-        q = q.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
-        v = v.view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3 * H, D).transpose(1, 2)  # (B, 3H, T, D)
+        qk, v = qkv.split([2 * H, H], dim=1)  # (B, 2H, T, D), (B, H, T, D)
+        q, k = self.turn(self.qk_norm(qk), place.rotation).chunk(2, dim=1)  # each (B, H, T, D)
         if past is not None:
-            k = past[0].index_copy_(2, positions, k)  # (B, H, S, D)
-            v = past[1].index_copy_(2, positions, v)  # (B, H, S, D)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0, seen)
+            k = past[0].index_copy_(2, place.positions, k)  # (B, H, S, D)
+            v = past[1].index_copy_(2, place.positions, v)  # (B, H, S, D)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0, place.seen)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
@@ -182,7 +185,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.act = ACTIVATIONS[config.activation]()
+        self.act = ACTIVATIONS[config.activation]
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
@@ -195,58 +198,15 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = NORMS[config.norm](config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = NORMS[config.norm](config)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, past: torch.Tensor | None = None,
-                positions: torch.Tensor | None = None, seen: torch.Tensor | None = None,
+    def forward(self, x: torch.Tensor, place: Place, past: torch.Tensor | None = None,
                 ) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), past, positions, seen)
+        x = x + self.attn(self.ln_1(x), place, past)
         return x + self.mlp(self.ln_2(x))
-
-
-# ------------------------------------------------------------------------------------------- loss
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross entropy of the logits x @ weight.T, of which a chunk of rows is held at a time.
-
-    Each chunk's part of the gradients is computed beside its part of the loss, so that no logits
-    are kept for the backward pass: over 50,304 columns they are a large part of all memory.
-    """
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                dtype: torch.dtype) -> torch.Tensor:
-        """x: (N, C); weight: (V, C); targets: (N,) int64, -1 where there is nothing to predict;
-        dtype: of the matrix products, float32 or bfloat16: float16 would need a scaled loss.
-        Returns the loss, a float32 scalar."""
-        rows = max(len(x) // 8, 2**24 // len(weight))  # 64 MB of logits, or an eighth of them
-        counted = targets >= 0
-        loss = torch.zeros((), device=x.device)
-        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
-        matrix = weight.to(dtype)
-        for x_part, x_grad_part, target, counts in zip(
-                x.split(rows), x_grad.split(rows), targets.split(rows), counted.split(rows),
-                strict=True):
-            x_part, target = x_part.to(dtype), target.clamp(min=0).unsqueeze(1)  # (n, C), (n, 1)
-            log_probs = (x_part @ matrix.t()).float().log_softmax(dim=-1)  # (n, V)
-            loss -= log_probs.gather(1, target).squeeze(1).masked_fill(~counts, 0.0).sum()
-            grad = log_probs.exp_()  # of the logits: the probabilities, less 1 at the target
-            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-            grad = grad.masked_fill_(~counts.unsqueeze(1), 0.0).to(dtype)
-            x_grad_part.copy_(grad @ matrix)
-            weight_grad += grad.t() @ x_part
-        n = counted.sum()
-        ctx.save_for_backward(x_grad, weight_grad, n)
-        return loss / n
-
-    @staticmethod
-    def backward(ctx, loss_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_grad, weight_grad, n = ctx.saved_tensors
-        scale = loss_grad / n
-        return x_grad.mul_(scale), weight_grad.mul_(scale), None, None
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -261,21 +221,22 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "wpe": POSITIONS[config.positions](config),
             "drop": Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            "ln_f": NORMS[config.norm](config),
         })
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied: one matrix reads and writes ids
+        if config.tie_weights:  # one matrix reads and writes ids
+            self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
-            if p.dim() >= 2:
-                # Each of the 2 * n_layer residual additions widens the stream's variance, so
-                # those that feed it start smaller (GPT-2 report, section 2.3).
-                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(p, std=0.02 / shrink)
-            elif name.endswith("bias"):
+            last = name.endswith("c_proj.weight")  # these feed the residual stream
+            if name.endswith("bias") or (config.zero_init and (last or name == "lm_head.weight")):
                 nn.init.zeros_(p)
+            elif p.dim() >= 2:
+                # Each of the 2 * n_layer residual additions widens the stream's variance, so
+                # they start smaller (GPT-2 report, section 2.3).
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if last else 1))
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
                 past: torch.Tensor | None = None, start: int | torch.Tensor = 0,
@@ -302,19 +263,21 @@ class GPT(nn.Module):
                              f"{self.config.block_size}: crop the input")
         elif past is not None:
             past = past[..., :start + T, :]
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x, rotation = self.transformer.wpe(self.transformer.wte(idx), positions)  # (B, T, C)
         x = self.transformer.drop(x)
+        place = Place(positions, rotation, seen)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, None if past is None else past[i], positions, seen)
+            x = block(x, place, None if past is None else past[i])
         x = self.transformer.ln_f(x)
+        cap = self.config.logit_softcap
         if targets is None:
-            return self.lm_head(x[:, -1:]), None  # (B, 1, V)
+            return softcap(self.lm_head(x[:, -1:]), cap), None  # (B, 1, V)
         device = idx.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if loss_only and dtype != torch.float16:
             return None, LinearCrossEntropy.apply(
-                x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype)
-        logits = self.lm_head(x)  # (B, T, V)
+                x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype, cap)
+        logits = softcap(self.lm_head(x), cap)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return None if loss_only else logits, loss
 
@@ -412,29 +375,51 @@ class GPT(nn.Module):
     # ----------------------------------------------------------------------- size, optimizer, FLOPs
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters; by default without the position embeddings, which no matrix
-        product reads. The token embeddings count: they are the head's weights too."""
+        """Number of parameters; by default without the embeddings that no matrix product reads:
+        those of positions, and of tokens where the head has weights of its own."""
+        unread = [self.transformer.wpe] + [self.transformer.wte] * (not self.config.tie_weights)
         n = sum(p.numel() for p in self.parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+        return n - sum(p.numel() for part in unread for p in part.parameters()) * non_embedding
 
     def crop_block_size(self, block_size: int) -> None:
-        """Shorten the context. Raises ValueError if it is longer than the present one."""
-        if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"block_size = {block_size}: the model has {self.config.block_size} "
-                             f"positions, so choose at most as many")
-        self.config.block_size = block_size
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
-        self.transformer.wpe.num_embeddings = block_size
+        """Shorten the context; with rotary positions it may also grow.
 
-    def configure_optimizers(self, weight_decay: float, learning_rate: float,
-                             betas: tuple[float, float]) -> torch.optim.AdamW:
-        """Fused AdamW; weight decay on matrices and embeddings, none on biases and norms."""
-        params = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+        Raises ValueError if learned positions would have to.
+        """
+        self.transformer.wpe.crop(block_size)
+        self.config.block_size = block_size
+
+    def configure_optimizers(
+            self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
+            optimizer: str = "adamw", *, muon_lr: float = 0.02, muon_momentum: float = 0.95,
+            dtype: torch.dtype = torch.float32, embedding_lr: float | None = None,
+            head_lr: float | None = None, embedding_decay: float | None = None,
+            head_decay: float | None = None) -> torch.optim.AdamW:
+        """Fused AdamW; or Muon for the blocks' matrices, and AdamW for the rest.
+
+        weight_decay: of matrices and embeddings; biases and norms have none.
+        optimizer: adamw or muon; muon_lr, muon_momentum, dtype: as `Muon` has them.
+        embedding_lr, ..., head_decay: of embeddings, and of a head of its own; None: as the others.
+        Each group of the result has an lr_ratio, its lr over learning_rate, for schedules to keep.
+        """
+        lrs = {"embeddings": embedding_lr, "head": head_lr}
+        decays = {"embeddings": embedding_decay, "head": head_decay, "vectors": 0.0}
+        groups: dict[tuple, dict] = {}
+        for name, p in self.named_parameters():  # a tied head is there once, as embeddings
+            kind = ("vectors" if p.dim() < 2 else "head" if name.startswith("lm_head.") else
+                    "matrices" if name.startswith("transformer.h.") else "embeddings")
+            own = {"lr": lrs.get(kind) or learning_rate, "weight_decay": decays.get(kind)}
+            if own["weight_decay"] is None:
+                own["weight_decay"] = weight_decay
+            if optimizer == "muon" and kind == "matrices":
+                parts = 3 if name.endswith("c_attn.weight") else 1  # q, k and v
+                own |= {"lr": muon_lr, "momentum": muon_momentum, "dtype": dtype, "parts": parts}
+            own["lr_ratio"] = own["lr"] / learning_rate
+            group = groups.setdefault((kind == "vectors", *own.items()), {"params": [], **own})
+            if p.requires_grad:
+                group["params"].append(p)
+        kind = {"adamw": torch.optim.AdamW, "muon": Muon}[optimizer]
+        return kind(list(groups.values()), lr=learning_rate, betas=betas, fused=True)
 
     def flops_per_token(self) -> int:
         """Model FLOPs of training on one token of a full block, a multiply-add counted as two.
@@ -461,8 +446,8 @@ class GPT(nn.Module):
         broken tensors of `source`; then nothing was copied."""
         state = {name: tensor for name, tensor in state.items()  # without stored causal masks
                  if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-        own = self.state_dict()
-        if "lm_head.weight" not in state and "transformer.wte.weight" in state:
+        own, tied = self.state_dict(), self.config.tie_weights
+        if tied and "lm_head.weight" not in state and "transformer.wte.weight" in state:
             state = state | {"lm_head.weight": state["transformer.wte.weight"]}
         wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
         wrong += [f"{name} is unknown" for name in state.keys() - own.keys()]
@@ -473,7 +458,8 @@ class GPT(nn.Module):
         if not wrong:
             wrong = [f"{name} holds numbers that are not finite"
                      for name, tensor in state.items() if not tensor.isfinite().all()]
-        if not wrong and not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):
+        if not wrong and tied and not torch.equal(state["lm_head.weight"],
+                                                  state["transformer.wte.weight"]):
             wrong = ["lm_head.weight differs from transformer.wte.weight (this model ties them)"]
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -490,30 +476,8 @@ class GPT(nn.Module):
             pytorch_model.bin, whole or in shards.
         Raises ValueError if they cannot be had, or are not a GPT-2 of this form.
         """
-        hf, tensors = read_pretrained(name_or_path)
-        sizes = {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer",
-                 "n_head": "n_head", "n_embd": "n_embd"}
-        activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-                       "gelu": "gelu", "relu": "relu"}
-        unsupported = {key: hf.get(key) for key in sizes.values() if type(hf.get(key)) is not int}
-        unsupported |= {key: hf[key] for key, usual in (
-            ("model_type", ["gpt2"]), ("n_inner", [None, 4 * (hf.get("n_embd") or 0)]),
-            ("layer_norm_epsilon", [1e-5]), ("scale_attn_weights", [True]),
-            ("scale_attn_by_inverse_layer_idx", [False]), ("tie_word_embeddings", [True]),
-            ("activation_function", list(activations))) if key in hf and hf[key] not in usual}
-        if unsupported:
-            raise ValueError(f"{name_or_path} is not a GPT-2 of this form: its config.json has "
-                             + ", ".join(f"{k} = {v!r}" for k, v in unsupported.items()))
-        activation = activations[hf.get("activation_function", "gelu_new")]
-        model = cls(GPTConfig(**{ours: hf[theirs] for ours, theirs in sizes.items()},
-                              dropout=dropout, bias=True, activation=activation))
-        state = {}
-        for name, tensor in tensors.items():
-            if name.endswith(("attn.c_attn.weight", "c_proj.weight", "mlp.c_fc.weight")):
-                tensor = tensor.t()  # Conv1D keeps (in, out), Linear (out, in)
-            if not name.startswith(("transformer.", "lm_head.")):
-                name = f"transformer.{name}"
-            state[name] = tensor
+        shape, state = pretrained.read(name_or_path)
+        model = cls(GPTConfig(**shape, dropout=dropout, bias=True))
         model.load_weights(state, source=name_or_path)
         return model
 
@@ -542,48 +506,3 @@ def draw(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: flo
         probs = probs.masked_fill(likelier >= max(top_p, 1e-9), 0)  # float32 would make less 0
     drawn = torch.multinomial(probs, 1)  # (B, 1)
     return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
-
-
-# --------------------------------------------------------------------- files of pretrained weights
-
-def pretrained_folder(name_or_path: str) -> Path:
-    """The local folder itself, or one downloaded from the Hugging Face hub (and kept there)."""
-    if os.path.isdir(name_or_path):
-        return Path(name_or_path)
-    from huggingface_hub import snapshot_download
-    repo = PRETRAINED.get(name_or_path, name_or_path)
-    for weights in ("model*.safetensors", "pytorch_model*.bin"):
-        try:
-            folder = Path(snapshot_download(repo, allow_patterns=["config.json", weights]))
-        except Exception as error:  # no such name or repository, no network: each has its class
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"{name_or_path!r} is not a folder here, and {repo} did not come from "
-                             f"the Hugging Face hub ({reason})") from None
-        if any(folder.glob(weights)):
-            break
-    return folder
-
-
-def read_pretrained(name_or_path: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """config.json as a dict, and every tensor of the weights, whole or in shards, by its name."""
-    folder = pretrained_folder(name_or_path)
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    path = folder / "config.json"
-    if not files or not path.is_file():
-        raise ValueError(f"{folder} is no pretrained model: expected config.json, and "
-                         f"model.safetensors or pytorch_model.bin, whole or in shards")
-    state = {}
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-        for path in files:
-            if path.suffix == ".safetensors":
-                from safetensors.torch import load_file
-                state |= load_file(path)
-            else:
-                state |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # each reader has its own; all mean a file that is not whole
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"cannot read {path}: {reason}") from None
-    return config, state

@@ -37,17 +37,32 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # share of activations zeroed in training, on a CPU in 256ths; for few data
 bias = False  # whether Linear and LayerNorm add one, as GPT-2's do
-activation = "gelu_tanh"  # gelu_tanh | gelu | relu
-# AdamW
+activation = "gelu_tanh"  # gelu_tanh | gelu | relu | relu2 (squared)
+positions = "learned"  # learned | rotary
+norm = "layernorm"  # layernorm | rmsnorm (without parameters)
+qk_norm = False  # whether queries and keys are normalised
+tie_weights = True  # whether the head's weights are the token embeddings
+zero_init = False  # whether an untied head, and what ends each half block, start at zero
+logit_softcap = 0.0  # bends the logits to within +- this; 0: leaves them
+# optimizer
+optimizer = "adamw"  # adamw | muon (for the hidden matrices; AdamW for the rest)
 learning_rate = 6e-4  # the highest
 max_iters = 600000  # steps in all
-weight_decay = 1e-1
+weight_decay = 1e-1  # of matrices and embeddings
 beta1 = 0.9
 beta2 = 0.95
+muon_lr = 0.02  # Muon's own highest rate; it follows the schedule in proportion, as do the next two
+muon_momentum = 0.95
+embedding_lr: float | None = None  # of token and position embeddings; None: learning_rate
+head_lr: float | None = None  # of a head that is not tied; None: learning_rate
+embedding_decay: float | None = None  # None: weight_decay
+head_decay: float | None = None  # None: weight_decay
 grad_clip = 1.0  # largest norm of the gradient; 0: any
 max_bad_steps = 10  # give up when so many in a row had a loss or gradient that is not finite
 # learning rate schedule
-decay_lr = True  # warm up, then follow a cosine down to min_lr; False: learning_rate throughout
+decay_lr = True  # warm up, then follow the schedule to min_lr; False: learning_rate throughout
+schedule = "cosine"  # cosine | linear (flat, then straight down)
+decay_fraction = 0.5  # of lr_decay_iters, at their end: where a linear schedule goes down
 warmup_iters = 2000
 lr_decay_iters = 600000  # step from which the rate stays at min_lr
 min_lr = 6e-5  # the lowest
@@ -64,6 +79,10 @@ start_time = time.time()
 check(globals(), "out_dir != ''", "eval_interval >= 1", "log_interval >= 1", "eval_iters >= 0",
       "gradient_accumulation_steps >= 1", "batch_size >= 1", "block_size >= 1", "n_layer >= 1",
       "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1", "learning_rate > 0", "max_iters >= 0",
+      "muon_lr > 0", "0 <= muon_momentum < 1", "0 < decay_fraction <= 1",
+      "embedding_lr is None or embedding_lr > 0", "head_lr is None or head_lr > 0",
+      "embedding_decay is None or embedding_decay >= 0", "head_decay is None or head_decay >= 0",
+      "logit_softcap >= 0",
       "keep_every >= 0", "max_bad_steps >= 1", "1 <= collective_timeout <= 10**6",
       "weight_decay >= 0", "0 <= beta1 < 1", "0 <= beta2 < 1", "grad_clip >= 0",
       "warmup_iters >= 0", "lr_decay_iters >= 1", "min_lr >= 0", "0 <= seed < 2**64")
@@ -92,7 +111,7 @@ from data.bins import (
 )
 from data.tokenizer import load_meta
 from metrics import Metrics, Stopwatch, import_loggers
-from model import ACTIVATIONS, GPT, GPTConfig
+from model import ACTIVATIONS, GPT, NORMS, POSITIONS, GPTConfig
 
 # Streams of random numbers: no two may ever be seeded alike.
 TRAIN_BATCHES, TRAIN_EVALUATION, VAL_EVALUATION, DROPOUT = range(4)
@@ -124,7 +143,9 @@ train_tokens = open_bin(folder / "train.bin", block_size)
 val_tokens = open_bin(folder / "val.bin", block_size)
 meta = load_meta(folder)
 vocab_size = meta["vocab_size"] if meta else 50304  # GPT-2's 50,257, padded to a multiple of 64
-choose("activation", activation, list(ACTIVATIONS))
+for name, choices in (("activation", ACTIVATIONS), ("positions", POSITIONS), ("norm", NORMS),
+                      ("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "linear"))):
+    choose(name, globals()[name], list(choices))
 torch.manual_seed(seed)
 with user_errors():
     if resumed:
@@ -156,7 +177,10 @@ micro_steps = gradient_accumulation_steps // rt.world_size  # of this process
 
 # ------------------------------------------------------------------------------------- optimizer
 
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2))
+opt = model.configure_optimizers(
+    weight_decay, learning_rate, (beta1, beta2), optimizer, muon_lr=muon_lr,
+    muon_momentum=muon_momentum, dtype=getattr(torch, rt.dtype), embedding_lr=embedding_lr,
+    head_lr=head_lr, embedding_decay=embedding_decay, head_decay=head_decay)
 scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
 iter_num, best_val_loss, history, seconds_before = 0, math.inf, [], 0.0
 saved_at = None  # the step that ckpt.pt holds
@@ -171,7 +195,7 @@ if resumed:
     bad_steps, good_loss = resumed.get("bad_steps", 0), resumed.get("good_loss", math.nan)
     loss_max = resumed.get("loss_max", -math.inf)
     most_bad_steps = resumed.get("most_bad_steps", bad_steps)
-    checkpoint.load_optimizer(optimizer, scaler, resumed)
+    checkpoint.load_optimizer(opt, scaler, resumed)
     del resumed["model"], resumed["optimizer"]  # their memory is needed
 # These stay on the device, where they change in every step: only a log line waits for them.
 bad_steps, good_loss, loss_max, most_bad_steps = torch.tensor(
@@ -186,7 +210,7 @@ if ddp:
     with rt.autocast():
         loss = ddp(idx, idx, loss_only=True)[1]
     loss.backward()
-    optimizer.zero_grad(set_to_none=True)
+    opt.zero_grad(set_to_none=True)
 
 
 def lr_at(i: int) -> float:
@@ -197,6 +221,9 @@ def lr_at(i: int) -> float:
         return learning_rate * (i + 1) / (warmup_iters + 1)
     if i >= lr_decay_iters:
         return min_lr
+    if schedule == "linear":
+        left = (lr_decay_iters - i) / (decay_fraction * lr_decay_iters)  # of the way down
+        return min_lr + (learning_rate - min_lr) * min(1, left)
     progress = (i - warmup_iters) / (lr_decay_iters - warmup_iters)  # of the decay, 0 to 1
     return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -269,7 +296,7 @@ def save(name: str) -> None:
     if rt.is_main:
         metrics.sync()
         checkpoint.save(Path(out_dir) / name, {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "model": model.state_dict(), "optimizer": opt.state_dict(),
             "scaler": scaler.state_dict(), "model_args": model_args, "config": config,
             "iter_num": iter_num, "best_val_loss": best_val_loss, "history": history,
             "meta": meta, "seconds": seconds(), "bad_steps": int(bad_steps),
@@ -329,8 +356,8 @@ gc.freeze()  # what is here stays: no need to look through it again and again
 
 while True:
     lr = lr_at(iter_num)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    for group in opt.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
 
     # evaluate and save; a run that resumes after an evaluation does not repeat it
     stop = stop_signals.agreed()
@@ -375,18 +402,18 @@ while True:
         losses[micro_step] = loss.detach()
 
     # update, unless a number went wrong: the same in all processes, and known to the device alone
-    scaler.unscale_(optimizer)
+    scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     rt.add_up(losses)  # now those of all processes
     loss = losses.mean()
     is_bad = 1.0 - torch.stack([loss, grad_norm]).isfinite().all().float()  # 1 or 0
     # A fused optimizer leaves out a step with this: on a GPU's word, without the host's. MPS is not
     # known to. (scaler.step would put what the scaler found in its place, which is less.)
-    optimizer.found_inf = is_bad
+    opt.found_inf = is_bad
     if rt.device.type != "mps" or not is_bad:
-        optimizer.step()
+        opt.step()
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    opt.zero_grad(set_to_none=True)
     bad_steps = (bad_steps + 1) * is_bad
     most_bad_steps = torch.maximum(most_bad_steps, bad_steps)
     loss_max = torch.maximum(loss_max, losses.max())

@@ -7,23 +7,17 @@ nothing else is. `world` has the good commands' files, COMMANDS the commands.
 import fcntl
 import io
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
-import runpy
 import shlex
 import shutil
 import socket
 import stat
 import subprocess
 import sys
-import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, forked
 from safetensors.torch import load_file, save_file
 
 from data.bins import write_bin, write_text_dataset
@@ -631,47 +625,6 @@ def run(case: Case, here: Path, port: int = 0) -> subprocess.CompletedProcess:
         return forked(args[1:], here, own)
     return subprocess.run(args, cwd=here, env=os.environ | own, text=True, capture_output=True,
                           timeout=120, stdin=subprocess.DEVNULL)
-
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "numpy", "torch.nn.parallel"])
-# `start` asks after the ends of all processes: of two threads that learn of one end at the same
-# moment, one is told that its status is 255.
-ONE_AT_A_TIME = threading.Lock()
-
-
-def forked(args: list[str], here: Path, environment: dict[str, str],
-           ) -> subprocess.CompletedProcess:
-    """Run a script in a process forked from one that has imported torch, which saves two seconds;
-    all else in it is as if a shell had started it."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = FORKS.Process(target=be_script, args=(
-            args, here, environment, DupFd(out.fileno()), DupFd(err.fileno())))
-        with ONE_AT_A_TIME:
-            process.start()
-        multiprocessing.connection.wait([process.sentinel], timeout=120)
-        with ONE_AT_A_TIME:
-            if process.exitcode is None:
-                process.kill()
-            process.join()
-        for file in (out, err):
-            file.seek(0)
-        return subprocess.CompletedProcess(args, process.exitcode, out.read(), err.read())
-
-
-def be_script(args: list[str], here: Path, environment: dict[str, str], out: DupFd, err: DupFd,
-              ) -> None:
-    for number, file in enumerate((out, err), start=1):
-        os.dup2(file.detach(), number)
-    os.chdir(here)
-    os.environ |= environment
-    tempfile.tempdir = None  # not that of the process it was forked from
-    sys.argv, sys.path[0] = args, str(Path(args[0]).parent)
-    try:
-        runpy.run_path(args[0], run_name="__main__")
-    except Exception:
-        sys.excepthook(*sys.exc_info())  # ends the process, unless the error is a bug
-        raise SystemExit(1) from None
 
 
 def snapshot(*folders: Path) -> dict[str, tuple]:

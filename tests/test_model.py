@@ -1,6 +1,7 @@
 """The model against transformers' GPT-2, torch's own counters, and closed forms."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -8,20 +9,15 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as model_module
-from model import (
-    ACTIVATIONS,
-    GPT,
-    CausalSelfAttention,
-    GPTConfig,
-    Linear,
-    attention,
-    attention_by_hand,
-    draw,
-    dropout,
-)
+import kernels
+import model
+from kernels import Linear, RMSNorm, attention, attention_by_hand, dropout, softcap
+from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTConfig, RotaryPositions, draw
 
 SHAPE = {"block_size": 32, "vocab_size": 300, "n_layer": 3, "n_head": 4, "n_embd": 64}
+# Every departure from GPT-2 at once.
+MODERN = {"activation": "relu2", "positions": "rotary", "norm": "rmsnorm", "qk_norm": True,
+          "tie_weights": False, "zero_init": True, "logit_softcap": 15.0}
 
 
 def hf_gpt2(**changes) -> transformers.GPT2LMHeadModel:
@@ -111,7 +107,7 @@ def test_activations_are_those_of_transformers(theirs, ours, idx, tmp_path):
 def test_the_two_gelus_are_told_apart(theirs, ours):
     x = torch.linspace(-5, 5, 1001)
     reference = transformers.activations.ACT2FN[theirs](x)
-    torch.testing.assert_close(ACTIVATIONS[ours]()(x), reference, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ACTIVATIONS[ours](x), reference, atol=1e-6, rtol=0)
 
 
 def test_initialisation_has_gpt2s_deviations():
@@ -133,6 +129,120 @@ def test_parameter_count_is_gpt2s_with_and_without_positions():
         gpt = GPT(GPTConfig(vocab_size=50257))
     assert gpt.get_num_params(non_embedding=False) == 124_439_808  # OpenAI's 124M
     assert gpt.get_num_params() == 124_439_808 - 1024 * 768
+
+
+CLASSIC = {f.name: f.default for f in fields(GPTConfig) if f.name in MODERN}
+
+
+def modern(**changes) -> GPT:
+    """A model of SHAPE with every departure from GPT-2, and random weights, its head's included."""
+    torch.manual_seed(4)
+    gpt = GPT(GPTConfig(**SHAPE | MODERN | changes))
+    for p in gpt.parameters():
+        p.data.normal_(std=0.1)
+    return gpt.eval()
+
+
+def test_rotary_positions_are_those_of_transformers():
+    llama = transformers.models.llama.modeling_llama
+    config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4, rope_theta=10000.0)
+    x = torch.randn(2, 4, 32, 16)
+    positions = torch.arange(7, 39)
+    cos, sin = llama.LlamaRotaryEmbedding(config)(x, positions[None])
+    reference, _ = llama.apply_rotary_pos_emb(x, x, cos, sin)
+    rotary = RotaryPositions(GPTConfig(**SHAPE))
+    torch.testing.assert_close(rotary.turn(x, rotary(x, positions)[1]), reference)
+
+
+def test_rotary_products_depend_on_distances_alone():
+    rotary = RotaryPositions(GPTConfig(**SHAPE))
+    q, k = torch.randn(2, 1, 1, 32, 16)
+
+    def products(first: int) -> torch.Tensor:
+        _, rotation = rotary(q, torch.arange(first, first + 32))
+        return rotary.turn(q, rotation) @ rotary.turn(k, rotation).mT  # (1, 1, 32, 32)
+
+    torch.testing.assert_close(products(1000), products(0), atol=1e-3, rtol=0)
+    assert (products(0) - q @ k.mT).abs().max() > 1
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_rmsnorm_on_a_cpu_is_torchs_with_its_gradient(dtype, tolerance):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(5, 7, 48)).to(dtype).requires_grad_()
+    y_grad = torch.randn(5, 7, 48).to(dtype)
+    ours, plain = RMSNorm()(x), F.rms_norm(x.float(), (48,))
+    assert ours.dtype == dtype
+    assert relative(ours, plain) < tolerance
+    grad, = torch.autograd.grad(ours, x, y_grad)
+    reference, = torch.autograd.grad(plain, x, y_grad.float())
+    assert relative(grad, reference) < tolerance
+    assert RMSNorm()(torch.zeros(1, 4, requires_grad=True)).tolist() == [[0, 0, 0, 0]]
+
+
+def test_a_softcap_bounds_the_logits_and_keeps_small_ones():
+    logits = torch.tensor([-1e6, -3.0, -0.1, 0.0, 0.1, 3.0, 1e6])
+    capped = softcap(logits, 2.0)
+    assert capped.abs().max() <= 2
+    torch.testing.assert_close(capped[2:5], logits[2:5], rtol=1e-3, atol=0)
+    torch.testing.assert_close(capped, 2 * torch.tanh(logits / 2))
+    assert softcap(logits, 0.0) is logits
+
+
+def test_a_softcap_bounds_what_the_model_says(idx):
+    gpt = modern(logit_softcap=0.5)
+    gpt.lm_head.weight.data.mul_(100)
+    for logits in (gpt(idx)[0], gpt(idx, idx)[0]):
+        assert 0.49 < logits.abs().max() <= 0.5
+
+
+def test_zero_init_starts_with_even_odds_and_blocks_that_add_nothing(idx):
+    gpt = GPT(GPTConfig(**SHAPE | {"tie_weights": False, "zero_init": True}))
+    logits, loss = gpt(idx, idx)
+    assert (logits == 0).all() and loss.item() == pytest.approx(math.log(300))
+    zero = {name for name, p in gpt.named_parameters() if p.dim() == 2 and not p.any()}
+    assert zero == {"lm_head.weight", *(f"transformer.h.{i}.{part}.c_proj.weight"
+                                        for i in range(3) for part in ("attn", "mlp"))}
+    tied = GPT(GPTConfig(**SHAPE | {"zero_init": True}))
+    assert tied.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_an_untied_head_has_weights_of_its_own(idx):
+    gpt = GPT(GPTConfig(**SHAPE | {"tie_weights": False}))
+    gpt(idx, idx, loss_only=True)[1].backward()
+    head, wte = gpt.lm_head.weight, gpt.transformer.wte.weight
+    assert head is not wte and not torch.equal(head.grad, wte.grad)
+    assert (gpt.get_num_params(non_embedding=False) - gpt.get_num_params()
+            == 300 * 64 + 32 * 64)  # of tokens, of positions
+    state = gpt.state_dict()
+    GPT(gpt.config).load_weights(state, "itself")
+    del state["lm_head.weight"]
+    with pytest.raises(ValueError, match="lm_head.weight is missing"):
+        gpt.load_weights(state, "a tied model")
+
+
+def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(idx):
+    gpt = modern(bias=False)
+    before, _ = gpt(idx, idx)
+    for block in gpt.transformer.h:
+        block.attn.c_attn.weight.data[:2 * 64] *= 7  # queries and keys
+    torch.testing.assert_close(gpt(idx, idx)[0], before)
+    for block in gpt.transformer.h:
+        block.attn.c_attn.weight.data[2 * 64:] *= 7  # values
+    assert (gpt(idx, idx)[0] - before).abs().max() > 1e-3
+
+
+def test_a_rotary_model_may_be_cropped_and_extended(idx):
+    gpt = modern()
+    before, _ = gpt(idx, idx)
+    gpt.crop_block_size(64)
+    torch.testing.assert_close(gpt(idx, idx)[0], before)
+    assert gpt(torch.cat([idx, idx], dim=1))[0].isfinite().all()
+    gpt.crop_block_size(8)
+    with pytest.raises(ValueError, match="block_size = 8"):
+        gpt(idx)
+    with pytest.raises(ValueError, match="block_size = 0"):
+        gpt.crop_block_size(0)
 
 
 def test_bias_false_leaves_no_bias():
@@ -175,7 +285,7 @@ def test_attention_dropout_keeps_the_mean(attend):
 def test_dropout_acts_where_it_does_in_transformers(folder, idx, monkeypatch):
     # Written out, both draw their masks in the same order, so one seed makes them equal.
     monkeypatch.setattr(CausalSelfAttention, "attend", staticmethod(attention_by_hand))
-    monkeypatch.setattr(model_module, "dropout", F.dropout)
+    monkeypatch.setattr(kernels, "dropout", F.dropout)
     ours = GPT.from_pretrained(str(folder), dropout=0.3).train()
     theirs = transformers.GPT2LMHeadModel.from_pretrained(
         folder, embd_pdrop=0.3, attn_pdrop=0.3, resid_pdrop=0.3,
@@ -230,9 +340,11 @@ def test_dropout_is_the_seeds_and_its_gradient_is_its_mask():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("V, B", [(300, 4), (50304, 22)])  # in one chunk, and in three
-def test_the_loss_alone_is_the_loss_beside_the_logits(V, B, dtype, tolerance):
+@pytest.mark.parametrize("cap", [0.0, 0.1])
+def test_the_loss_alone_is_the_loss_beside_the_logits(V, B, dtype, tolerance, cap):
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(block_size=32, vocab_size=V, n_layer=1, n_head=2, n_embd=32))
+    gpt = GPT(GPTConfig(block_size=32, vocab_size=V, n_layer=1, n_head=2, n_embd=32,
+                        logit_softcap=cap))
     idx = torch.randint(V, (B, 32))
     targets = torch.randint(V, (B, 32))
     targets[0, 3:9] = -1
@@ -336,9 +448,9 @@ def graphs(monkeypatch):
     return counters
 
 
-@pytest.mark.parametrize("p", [0.0, 0.2])
-def test_training_and_evaluation_are_a_graph_each_without_breaks(graphs, p):
-    gpt = GPT(GPTConfig(**SHAPE, dropout=p))
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.2}, MODERN])
+def test_training_and_evaluation_are_a_graph_each_without_breaks(graphs, changes):
+    gpt = GPT(GPTConfig(**SHAPE | changes))
     net = torch.compile(gpt)
     for _ in range(3):
         idx = torch.randint(300, (2, 32))
@@ -384,6 +496,14 @@ def uncached(gpt: GPT, idx: torch.Tensor, n: int) -> torch.Tensor:
 def test_greedy_tokens_equal_those_without_a_cache_up_to_block_size(gpt, idx, T):
     tokens = gpt.generate(idx[:, :T], 32 - T + 1, temperature=0)
     assert torch.equal(tokens, uncached(gpt, idx[:, :T], 32 - T + 1))
+
+
+@pytest.mark.parametrize("name", [*MODERN, "all"])
+def test_greedy_tokens_of_every_recipe_equal_those_without_a_cache(name, idx):
+    gpt = modern() if name == "all" else modern(**CLASSIC | {name: MODERN[name]})
+    tokens = gpt.generate(idx[:, :5], 28, temperature=0)
+    assert torch.equal(tokens, uncached(gpt, idx[:, :5], 28))
+    assert tokens[:, 5:].unique().numel() > 5
 
 
 def test_greedy_tokens_equal_those_of_transformers(gpt, hf, idx):
@@ -458,7 +578,7 @@ def test_repetition_penalty_equals_that_of_transformers(idx):
     torch.manual_seed(5)
     logits = torch.randn(2, 300)
     reference = transformers.RepetitionPenaltyLogitsProcessor(1.7)(idx, logits.clone())
-    torch.testing.assert_close(model_module.penalize_repeats(logits, idx, 1.7), reference)
+    torch.testing.assert_close(model.penalize_repeats(logits, idx, 1.7), reference)
 
 
 def test_repetition_penalty_reaches_generation(gpt, idx):
@@ -548,6 +668,38 @@ def test_cropping_keeps_the_remaining_positions(folder, idx):
         gpt.crop_block_size(32)
 
 
+@pytest.mark.parametrize("changes", [{}, {"tie_weights": False}, MODERN])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group_of_its_kind(changes, optimizer):
+    gpt = GPT(GPTConfig(**SHAPE | changes))
+    names = {p: name for name, p in gpt.named_parameters()}
+    opt = gpt.configure_optimizers(
+        0.1, 1e-2, (0.9, 0.95), optimizer, muon_lr=0.03, embedding_lr=0.02, embedding_decay=0.0,
+        head_lr=0.005, head_decay=0.2)
+    owners = {}
+    for group in opt.param_groups:
+        assert group["lr_ratio"] == pytest.approx(group["lr"] / 1e-2)
+        for p in group["params"]:
+            assert owners.setdefault(names[p], group) is group
+    assert owners.keys() == set(names.values())
+    for name, group in owners.items():
+        lr, decay, muon = ((0.02, 0.0, False) if "wte" in name or "wpe" in name else
+                           (0.005, 0.2, False) if name == "lm_head.weight" else
+                           (1e-2, 0.0, False) if "ln_" in name or "bias" in name else
+                           (0.03, 0.1, True) if optimizer == "muon" else (1e-2, 0.1, False))
+        assert (group["lr"], group["weight_decay"], "momentum" in group) == (lr, decay, muon), name
+        if muon:
+            assert group["parts"] == (3 if "c_attn" in name else 1)
+
+
+def test_by_default_there_are_the_two_groups_of_older_checkpoints():
+    gpt = GPT(GPTConfig(**SHAPE))
+    for weight_decay in (0.1, 0.0):
+        groups = gpt.configure_optimizers(weight_decay, 1e-3, (0.9, 0.95)).param_groups
+        assert [[p.dim() >= 2 for p in group["params"]] for group in groups] == [
+            [True] * 14, [False] * 26]
+
+
 def test_weight_decay_reaches_matrices_only_and_adamw_is_torchs(folder):
     ours, reference = (GPT.from_pretrained(str(folder)) for _ in range(2))
     optimizer = ours.configure_optimizers(0.1, 1e-2, (0.9, 0.95))
@@ -564,7 +716,8 @@ def test_weight_decay_reaches_matrices_only_and_adamw_is_torchs(folder):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("shape", [SHAPE, SHAPE | {"n_layer": 1, "n_embd": 32, "vocab_size": 77}])
+@pytest.mark.parametrize("shape", [SHAPE, SHAPE | {"n_layer": 1, "n_embd": 32, "vocab_size": 77},
+                                   SHAPE | MODERN])
 def test_flops_are_those_that_torch_counts(shape, monkeypatch):
     # Written out, since torch does not count the fused attention of a CPU.
     monkeypatch.setattr(CausalSelfAttention, "attend", staticmethod(attention_by_hand))
@@ -584,6 +737,9 @@ def test_mfu_is_flops_over_time_over_peak(gpt):
 @pytest.mark.parametrize("wrong, words", [
     ({"n_head": 5}, "n_embd = 64.*n_head = 5"), ({"n_layer": 0}, "n_layer = 0"),
     ({"dropout": 1.5}, "dropout = 1.5"), ({"activation": "swish"}, "gelu_tanh, gelu, relu"),
+    ({"positions": "alibi"}, "learned, rotary"), ({"norm": "batchnorm"}, "layernorm, rmsnorm"),
+    ({"positions": "rotary", "n_embd": 60}, "15: expected an even"),
+    ({"logit_softcap": -1.0}, "logit_softcap = -1"),
     ({"block_size": -1}, "block_size = -1")])
 def test_a_shape_that_cannot_be_is_refused(wrong, words):
     with pytest.raises(ValueError, match=words):
