@@ -35,6 +35,7 @@ activation = "gelu_tanh"  # gelu_tanh | gelu | relu | relu2
 positions = "learned"  # learned | rotary
 norm = "layernorm"  # layernorm | rmsnorm
 qk_norm = False
+smear = False
 tie_weights = True
 zero_init = False
 logit_softcap = 0.0

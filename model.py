@@ -57,6 +57,7 @@ class GPTConfig:
     positions: str = "learned"  # learned | rotary
     norm: str = "layernorm"  # layernorm | rmsnorm (without parameters)
     qk_norm: bool = False  # whether queries and keys are normalised, head by head
+    smear: bool = False  # whether a token's vector takes up a share of the one before it
     tie_weights: bool = True  # whether the head's weights are the token embeddings
     zero_init: bool = False  # whether an untied head, and what ends each half block, start at zero
     logit_softcap: float = 0.0  # bends the logits to within +- this; 0: leaves them
@@ -84,6 +85,24 @@ class GPTConfig:
 
 
 # ----------------------------------------------------------------------------------------- layers
+
+class TokenEmbedding(nn.Embedding):
+    """A vector for each token; with a smear, and a learned share of that of the token before, so
+    that the first block already sees pairs."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.vocab_size, config.n_embd)
+        self.smear = nn.Parameter(torch.empty(config.n_embd)) if config.smear else None
+
+    def forward(self, idx: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+        """idx: (B, T); before: (B, 1), the tokens before them, None at the start of a text.
+        Returns (B, T, C)."""
+        x = super().forward(idx)
+        if self.smear is None:
+            return x
+        left = torch.zeros_like(x[:, :1]) if before is None else super().forward(before)
+        return x + self.smear * torch.cat([left, x[:, :-1]], dim=1)
+
 
 class LearnedPositions(nn.Embedding):
     """A vector for each position, added to that of its token: GPT-2's way."""
@@ -220,7 +239,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wte": TokenEmbedding(config),
             "wpe": POSITIONS[config.positions](config),
             "drop": Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
@@ -233,6 +252,8 @@ class GPT(nn.Module):
             last = name.endswith("c_proj.weight")  # these feed the residual stream
             if name.endswith("bias") or (config.zero_init and (last or name == "lm_head.weight")):
                 nn.init.zeros_(p)
+            elif name.endswith("smear"):
+                nn.init.constant_(p, 0.5)
             elif p.dim() >= 2:
                 # Each of the 2 * n_layer residual additions widens the stream's variance, so
                 # they start smaller (GPT-2 report, section 2.3).
@@ -240,7 +261,7 @@ class GPT(nn.Module):
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
                 past: torch.Tensor | None = None, start: int | torch.Tensor = 0,
-                loss_only: bool = False,
+                before: torch.Tensor | None = None, loss_only: bool = False,
                 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits of the next token, and the mean cross entropy when targets are given.
 
@@ -249,6 +270,7 @@ class GPT(nn.Module):
         past: (n_layer, 2, B, H, S_max, D), the keys and values of the positions before start;
             those of idx are written into it. A start that is a tensor, (), with T = 1, leaves all
             shapes alike from token to token, as compiled code wants it.
+        before: (B, 1) int64, the tokens at start - 1; None at start 0.
         loss_only: leave the logits out, which takes far less memory in training.
         Returns (logits, loss): (B, T, V), or None if loss_only, and a scalar with targets; without
             them, the logits of the last position alone, (B, 1, V), and None.
@@ -263,7 +285,7 @@ class GPT(nn.Module):
                              f"{self.config.block_size}: crop the input")
         elif past is not None:
             past = past[..., :start + T, :]
-        x, rotation = self.transformer.wpe(self.transformer.wte(idx), positions)  # (B, T, C)
+        x, rotation = self.transformer.wpe(self.transformer.wte(idx, before), positions)
         x = self.transformer.drop(x)
         place = Place(positions, rotation, seen)
         for i, block in enumerate(self.transformer.h):
@@ -283,10 +305,11 @@ class GPT(nn.Module):
 
     # ---------------------------------------------------------------------------------- sampling
 
-    def decode(self, token: torch.Tensor, past: torch.Tensor, position: torch.Tensor,
+    def decode(self, pair: torch.Tensor, past: torch.Tensor, position: torch.Tensor,
                ) -> torch.Tensor:
-        """Logits, (B, 1, V), after one more token, (B, 1), at position, (); past as in forward."""
-        return self(token, past=past, start=position)[0]
+        """Logits, (B, 1, V), after one more token, the second of a pair, (B, 2), at position, ();
+        past as in forward."""
+        return self(pair[:, 1:], past=past, start=position, before=pair[:, :1])[0]
 
     def compile_decode(self) -> None:
         """Have `stream` compile what it does for each token, once for each number of sequences;
@@ -341,11 +364,12 @@ class GPT(nn.Module):
         for end in range(T, T + max_new_tokens):
             if held == block_size:
                 held, unread = 0, end - max(1, block_size // 2)
-            if self.compiled_decode and unread == end - 1:
-                token = tokens[:, unread:end].clone(memory_format=torch.contiguous_format)
-                logits = self.compiled_decode(token, past, torch.full((), held, device=device))
+            if self.compiled_decode and held and unread == end - 1:
+                pair = tokens[:, end - 2:end].clone(memory_format=torch.contiguous_format)
+                logits = self.compiled_decode(pair, past, torch.full((), held, device=device))
             else:
-                logits, _ = self(tokens[:, unread:end], past=past, start=held)
+                before = tokens[:, unread - 1:unread] if held else None
+                logits, _ = self(tokens[:, unread:end], past=past, start=held, before=before)
             held, unread = held + end - unread, end
             logits = logits[:, -1].float()  # (B, V)
             if repetition_penalty != 1:

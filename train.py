@@ -14,7 +14,7 @@ from configurator import RunError, UserError, announce, check, choose, configure
 
 # output
 out_dir = "out"  # where checkpoints and metrics.jsonl go
-eval_interval = 2000  # steps between evaluations
+eval_interval = 2000  # steps between evaluations; 0: one, at the end
 log_interval = 1  # steps between log lines
 eval_iters = 200  # batches in an evaluation; 0: the whole validation split, each token once
 eval_only = False  # evaluate once, write nothing
@@ -41,6 +41,7 @@ activation = "gelu_tanh"  # gelu_tanh | gelu | relu | relu2 (squared)
 positions = "learned"  # learned | rotary
 norm = "layernorm"  # layernorm | rmsnorm (without parameters)
 qk_norm = False  # whether queries and keys are normalised
+smear = False  # whether a token's vector takes up a share of the one before it
 tie_weights = True  # whether the head's weights are the token embeddings
 zero_init = False  # whether an untied head, and what ends each half block, start at zero
 logit_softcap = 0.0  # bends the logits to within +- this; 0: leaves them
@@ -76,7 +77,7 @@ compile: bool | None = None  # torch.compile; None: on CUDA, and on a CPU for lo
 
 config, given = configure(globals())
 start_time = time.time()
-check(globals(), "out_dir != ''", "eval_interval >= 1", "log_interval >= 1", "eval_iters >= 0",
+check(globals(), "out_dir != ''", "eval_interval >= 0", "log_interval >= 1", "eval_iters >= 0",
       "gradient_accumulation_steps >= 1", "batch_size >= 1", "block_size >= 1", "n_layer >= 1",
       "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1", "learning_rate > 0", "max_iters >= 0",
       "muon_lr > 0", "0 <= muon_momentum < 1", "0 < decay_fraction <= 1",
@@ -361,7 +362,7 @@ while True:
 
     # evaluate and save; a run that resumes after an evaluation does not repeat it
     stop = stop_signals.agreed()
-    due = iter_num % eval_interval == 0 or iter_num == max_iters
+    due = iter_num == max_iters or (eval_interval and iter_num % eval_interval == 0)
     if not stop and (eval_only or due and iter_num not in [r["iter"] for r in history]):
         record = evaluate()
         if record is None:

@@ -277,8 +277,17 @@ CASES = {
     "beta1 of 1": Case("train --beta1=1", ["beta1 = 1.0", "< 1"]),
     "a negative clip": Case("train --grad_clip=-1", ["grad_clip = -1.0", ">= 0"]),
     "a learning rate of 0": Case("train --learning_rate=0", ["learning_rate = 0.0", "> 0"]),
+    "a Muon rate of 0": Case("train --muon_lr=0", ["muon_lr = 0.0", "> 0"]),
+    "an embeddings' rate of 0": Case(
+        "train --embedding_lr=0", ["embedding_lr = 0.0", "None or embedding_lr > 0"]),
+    "no part to decay in": Case("train --decay_fraction=0", ["decay_fraction = 0.0", "0 <"]),
+    "an unknown optimizer": Case("train --optimizer=moun", ["'moun'", "did you mean muon?"]),
+    "an unknown optimizer to measure": Case("bench --optimizer=sgd", ["'sgd'", "adamw", "muon"]),
+    "unknown positions": Case("train --positions=rotari", ["'rotari'", "did you mean rotary?"]),
+    "a negative softcap": Case("train --logit_softcap=-1", ["logit_softcap = -1.0", ">= 0"]),
     "negative steps": Case("train --max_iters=-1", ["max_iters = -1", ">= 0"]),
-    "evaluations at no interval": Case("train --eval_interval=0", ["eval_interval = 0", ">= 1"]),
+    "evaluations at a negative interval": Case(
+        "train --eval_interval=-1", ["eval_interval = -1", ">= 0"]),
     "negative evaluation batches": Case("train --eval_iters=-1", ["eval_iters = -1", ">= 0"]),
     "negative keep_every": Case("train --keep_every=-5", ["keep_every = -5", ">= 0"]),
     "no bad steps allowed": Case("train --max_bad_steps=0", ["max_bad_steps = 0", ">= 1"]),

@@ -17,7 +17,7 @@ from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTConfig, RotaryPositi
 SHAPE = {"block_size": 32, "vocab_size": 300, "n_layer": 3, "n_head": 4, "n_embd": 64}
 # Every departure from GPT-2 at once.
 MODERN = {"activation": "relu2", "positions": "rotary", "norm": "rmsnorm", "qk_norm": True,
-          "tie_weights": False, "zero_init": True, "logit_softcap": 15.0}
+          "smear": True, "tie_weights": False, "zero_init": True, "logit_softcap": 15.0}
 
 
 def hf_gpt2(**changes) -> transformers.GPT2LMHeadModel:
@@ -219,6 +219,17 @@ def test_an_untied_head_has_weights_of_its_own(idx):
     del state["lm_head.weight"]
     with pytest.raises(ValueError, match="lm_head.weight is missing"):
         gpt.load_weights(state, "a tied model")
+
+
+def test_a_smear_adds_a_share_of_the_token_before(idx):
+    gpt = modern(tie_weights=True)
+    wte = gpt.transformer.wte
+    x = wte(idx, None)
+    plain = F.embedding(idx, wte.weight)
+    torch.testing.assert_close(x[:, 1:], plain[:, 1:] + wte.smear * plain[:, :-1])
+    assert torch.equal(x[:, 0], plain[:, 0])
+    torch.testing.assert_close(wte(idx[:, 9:], idx[:, 8:9]), x[:, 9:])
+    assert (GPT(gpt.config).transformer.wte.smear == 0.5).all()
 
 
 def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(idx):

@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT, TINY, forked
 
 MODERN = {"activation": "relu2", "positions": "rotary", "norm": "rmsnorm", "qk_norm": True,
-          "tie_weights": False, "zero_init": True, "logit_softcap": 15.0, "optimizer": "muon",
-          "schedule": "linear", "embedding_lr": 0.02, "embedding_decay": 0.0}
+          "smear": True, "tie_weights": False, "zero_init": True, "logit_softcap": 15.0,
+          "optimizer": "muon", "schedule": "linear", "embedding_lr": 0.02, "embedding_decay": 0.0}
 RECIPES = {name: {name: value} for name, value in MODERN.items()} | {
     "head_lr": {"tie_weights": False, "head_lr": 0.005, "head_decay": 0.0},
     "muon in bfloat16": {"optimizer": "muon", "dtype": "bfloat16", "muon_momentum": 0.8},

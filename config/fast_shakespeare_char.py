@@ -1,0 +1,36 @@
+# Tiny Shakespeare by characters, to the loss of the usual 10M-parameter model, on a CPU.
+#
+#   python data/shakespeare_char/prepare.py
+#   python train.py config/fast_shakespeare_char.py
+#   python sample.py --out_dir=out-fast-shakespeare-char
+#
+
+out_dir = "out-fast-shakespeare-char"
+dataset = "shakespeare_char"
+eval_interval = 250
+eval_iters = 0
+log_interval = 10
+gradient_accumulation_steps = 1
+batch_size = 16
+block_size = 256
+
+n_layer = 4
+n_head = 5
+n_embd = 320
+
+positions = "rotary"
+qk_norm = True
+smear = True
+activation = "relu2"
+tie_weights = False
+zero_init = True
+
+optimizer = "muon"
+learning_rate = 4e-3
+schedule = "linear"
+decay_fraction = 0.8
+warmup_iters = 0
+max_iters = 1000
+lr_decay_iters = 1000
+min_lr = 0.0
+beta2 = 0.99

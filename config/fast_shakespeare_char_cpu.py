@@ -1,0 +1,39 @@
+# Tiny Shakespeare by characters on a laptop's CPU, by the modern recipe.
+#
+#   python data/shakespeare_char/prepare.py
+#   python train.py config/fast_shakespeare_char_cpu.py
+#   python sample.py --out_dir=out-fast-shakespeare-char-cpu
+#
+
+out_dir = "out-fast-shakespeare-char-cpu"
+dataset = "shakespeare_char"
+eval_interval = 0  # at the end alone
+eval_iters = 0
+log_interval = 10
+gradient_accumulation_steps = 1
+batch_size = 24
+block_size = 64
+
+n_layer = 2
+n_head = 4
+n_embd = 176
+
+positions = "rotary"
+qk_norm = True
+smear = True
+activation = "relu2"
+tie_weights = False
+zero_init = True
+
+optimizer = "muon"
+muon_momentum = 0.85  # so few steps: remember fewer
+learning_rate = 8e-3
+schedule = "linear"
+decay_fraction = 0.7
+warmup_iters = 0
+max_iters = 120
+lr_decay_iters = 120
+min_lr = 0.0
+beta2 = 0.99
+
+device = "cpu"
