@@ -1,6 +1,7 @@
 """The model against transformers' GPT-2, torch's own counters, and closed forms."""
 
 import math
+import re
 from dataclasses import fields
 
 import pytest
@@ -510,11 +511,23 @@ def test_greedy_tokens_equal_those_without_a_cache_up_to_block_size(gpt, idx, T)
 
 
 @pytest.mark.parametrize("name", [*MODERN, "all"])
-def test_greedy_tokens_of_every_recipe_equal_those_without_a_cache(name, idx):
+def test_token_by_token_every_recipe_says_what_it_says_of_the_whole(name, idx):
     gpt = modern() if name == "all" else modern(**CLASSIC | {name: MODERN[name]})
-    tokens = gpt.generate(idx[:, :5], 28, temperature=0)
-    assert torch.equal(tokens, uncached(gpt, idx[:, :5], 28))
-    assert tokens[:, 5:].unique().numel() > 5
+    whole, _ = gpt(idx, idx)
+    past = torch.zeros(3, 2, 2, 4, 32, 16)
+    with torch.no_grad():
+        for t in range(32):
+            logits, _ = gpt(idx[:, t:t + 1], past=past, start=t,
+                            before=idx[:, t - 1:t] if t else None)
+            torch.testing.assert_close(logits[:, 0], whole[:, t], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_greedy_tokens_of_the_modern_recipe_equal_those_without_a_cache(idx, T):
+    gpt = modern()
+    tokens = gpt.generate(idx[:, :T], 33 - T, temperature=0)
+    assert torch.equal(tokens, uncached(gpt, idx[:, :T], 33 - T))
+    assert tokens[:, T:].unique().numel() > 5
 
 
 def test_greedy_tokens_equal_those_of_transformers(gpt, hf, idx):
@@ -687,6 +700,7 @@ def test_every_parameter_is_in_one_group_of_its_kind(changes, optimizer):
     opt = gpt.configure_optimizers(
         0.1, 1e-2, (0.9, 0.95), optimizer, muon_lr=0.03, embedding_lr=0.02, embedding_decay=0.0,
         head_lr=0.005, head_decay=0.2)
+    names_of_vectors = re.compile("ln_|bias|smear")
     owners = {}
     for group in opt.param_groups:
         assert group["lr_ratio"] == pytest.approx(group["lr"] / 1e-2)
@@ -694,9 +708,9 @@ def test_every_parameter_is_in_one_group_of_its_kind(changes, optimizer):
             assert owners.setdefault(names[p], group) is group
     assert owners.keys() == set(names.values())
     for name, group in owners.items():
-        lr, decay, muon = ((0.02, 0.0, False) if "wte" in name or "wpe" in name else
+        lr, decay, muon = ((1e-2, 0.0, False) if names_of_vectors.search(name) else
+                           (0.02, 0.0, False) if "wte" in name or "wpe" in name else
                            (0.005, 0.2, False) if name == "lm_head.weight" else
-                           (1e-2, 0.0, False) if "ln_" in name or "bias" in name else
                            (0.03, 0.1, True) if optimizer == "muon" else (1e-2, 0.1, False))
         assert (group["lr"], group["weight_decay"], "momentum" in group) == (lr, decay, muon), name
         if muon:
