@@ -24,7 +24,7 @@ from configurator import UserError, announce, choose
 from data.bins import dataset_folder, written_whole
 from data.tokenizer import check_meta, load_meta
 from model import GPT, GPTConfig
-from pretrained import PRETRAINED
+from weights import PRETRAINED
 
 NEWEST, BEST, KEPT = "ckpt.pt", "best.pt", "ckpt_[0-9]*.pt"
 GPT2_IDS = 50257  # a vocabulary of fewer is not GPT-2's

@@ -1,7 +1,5 @@
-"""What the model does most, done fast: few-row products, dropout, attention, the loss.
-
-Each is a drop-in for torch's own, to which the tests compare it.
-"""
+"""What the model does most, done fast: few-row products, dropout, attention, norms, the loss, and
+the way from logits to a token. The tests compare each to the plain way of doing it."""
 
 import math
 
@@ -154,3 +152,27 @@ class LinearCrossEntropy(torch.autograd.Function):
         x_grad, weight_grad, n = ctx.saved_tensors
         scale = loss_grad / n
         return x_grad.mul_(scale), weight_grad.mul_(scale), None, None, None
+
+
+def penalize_repeats(logits: torch.Tensor, tokens: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Weaken the logits, (B, V), of the ids that occur in tokens, (B, T) (arXiv:1909.05858)."""
+    seen = logits.gather(1, tokens)  # (B, T)
+    return logits.scatter(1, tokens, torch.where(seen > 0, seen / penalty, seen * penalty))
+
+
+def draw(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None,
+         ) -> torch.Tensor:
+    """Draw one id per row, (B,) int64, from logits (B, V); settings as in `GPT.stream`."""
+    if temperature < 1e-6:  # 0, or so close to it that float32 would not hold the quotients
+        return logits.argmax(dim=-1)
+    ids = None
+    if top_k is not None or top_p is not None:
+        V = logits.size(1)
+        logits, ids = logits.topk(min(top_k or V, V))  # (B, K), likeliest first
+    # The largest becomes 0, so that no quotient overflows.
+    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+    if top_p is not None:
+        likelier = probs.cumsum(dim=-1) - probs  # mass of the tokens before each
+        probs = probs.masked_fill(likelier >= max(top_p, 1e-9), 0)  # float32 would make less 0
+    drawn = torch.multinomial(probs, 1)  # (B, 1)
+    return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)

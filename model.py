@@ -1,4 +1,4 @@
-"""GPT-2 in one file: layers, forward, sampling, pretrained weights, optimizer groups, FLOPs.
+"""GPT-2 in one file, and what is newer as settings: layers, forward, sampling, pretrained weights.
 
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65))
     logits, loss = model(idx, targets)              # idx, targets: (B, T) int64
@@ -23,9 +23,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import pretrained
-from kernels import Dropout, Linear, LinearCrossEntropy, RMSNorm, attention, softcap
-from muon import Muon
+import weights
+from kernels import (
+    Dropout,
+    Linear,
+    LinearCrossEntropy,
+    RMSNorm,
+    attention,
+    draw,
+    penalize_repeats,
+    softcap,
+)
+from optimizer import configure
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's own
@@ -415,35 +424,11 @@ class GPT(nn.Module):
 
     def configure_optimizers(
             self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
-            optimizer: str = "adamw", *, muon_lr: float = 0.02, muon_momentum: float = 0.95,
-            dtype: torch.dtype = torch.float32, embedding_lr: float | None = None,
-            head_lr: float | None = None, embedding_decay: float | None = None,
-            head_decay: float | None = None) -> torch.optim.AdamW:
-        """Fused AdamW; or Muon for the blocks' matrices, and AdamW for the rest.
-
-        weight_decay: of matrices and embeddings; biases and norms have none.
-        optimizer: adamw or muon; muon_lr, muon_momentum, dtype: as `Muon` has them.
-        embedding_lr, ..., head_decay: of embeddings, and of a head of its own; None: as the others.
-        Each group of the result has an lr_ratio, its lr over learning_rate, for schedules to keep.
-        """
-        lrs = {"embeddings": embedding_lr, "head": head_lr}
-        decays = {"embeddings": embedding_decay, "head": head_decay, "vectors": 0.0}
-        groups: dict[tuple, dict] = {}
-        for name, p in self.named_parameters():  # a tied head is there once, as embeddings
-            kind = ("vectors" if p.dim() < 2 else "head" if name.startswith("lm_head.") else
-                    "matrices" if name.startswith("transformer.h.") else "embeddings")
-            own = {"lr": lrs.get(kind) or learning_rate, "weight_decay": decays.get(kind)}
-            if own["weight_decay"] is None:
-                own["weight_decay"] = weight_decay
-            if optimizer == "muon" and kind == "matrices":
-                parts = 3 if name.endswith("c_attn.weight") else 1  # q, k and v
-                own |= {"lr": muon_lr, "momentum": muon_momentum, "dtype": dtype, "parts": parts}
-            own["lr_ratio"] = own["lr"] / learning_rate
-            group = groups.setdefault((kind == "vectors", *own.items()), {"params": [], **own})
-            if p.requires_grad:
-                group["params"].append(p)
-        kind = {"adamw": torch.optim.AdamW, "muon": Muon}[optimizer]
-        return kind(list(groups.values()), lr=learning_rate, betas=betas, fused=True)
+            optimizer: str = "adamw", **options: float | torch.dtype | None) -> torch.optim.AdamW:
+        """Fused AdamW, or Muon with AdamW for what is no hidden matrix; weight decay on matrices
+        and embeddings, none on biases and norms. options: those of `optimizer.configure`."""
+        return configure(self.named_parameters(), weight_decay, learning_rate, betas, optimizer,
+                         **options)
 
     def flops_per_token(self) -> int:
         """Model FLOPs of training on one token of a full block, a multiply-add counted as two.
@@ -452,9 +437,9 @@ class GPT(nn.Module):
         and their use, counted over the whole block as is customary (arXiv:2204.02311, app. B).
         """
         c = self.config
-        weights = sum(p.numel() for p in self.transformer.h.parameters() if p.dim() == 2)
-        weights += self.lm_head.weight.numel()
-        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+        matrices = sum(p.numel() for p in self.transformer.h.parameters() if p.dim() == 2)
+        matrices += self.lm_head.weight.numel()
+        return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter: int, dt: float, peak_flops: float | None,
                      ) -> float | None:
@@ -468,28 +453,8 @@ class GPT(nn.Module):
     def load_weights(self, state: dict[str, torch.Tensor], source: str) -> None:
         """Copy parameters by name. Raises ValueError naming the missing, unknown, misshapen and
         broken tensors of `source`; then nothing was copied."""
-        state = {name: tensor for name, tensor in state.items()  # without stored causal masks
-                 if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-        own, tied = self.state_dict(), self.config.tie_weights
-        if tied and "lm_head.weight" not in state and "transformer.wte.weight" in state:
-            state = state | {"lm_head.weight": state["transformer.wte.weight"]}
-        wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
-        wrong += [f"{name} is unknown" for name in state.keys() - own.keys()]
-        shapes = {name: tuple(tensor.shape) if isinstance(tensor, torch.Tensor)
-                  else type(tensor).__name__ for name, tensor in state.items()}
-        wrong += [f"{name} is {shapes[name]}, not {tuple(own[name].shape)}"
-                  for name in own.keys() & state.keys() if shapes[name] != tuple(own[name].shape)]
-        if not wrong:
-            wrong = [f"{name} holds numbers that are not finite"
-                     for name, tensor in state.items() if not tensor.isfinite().all()]
-        if not wrong and tied and not torch.equal(state["lm_head.weight"],
-                                                  state["transformer.wte.weight"]):
-            wrong = ["lm_head.weight differs from transformer.wte.weight (this model ties them)"]
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ValueError(f"{source} does not fit the model: {'; '.join(sorted(wrong)[:3])}"
-                             f"{more}; give a file of such a model")
-        self.load_state_dict(state)
+        self.load_state_dict(weights.fitting(state, self.state_dict(), self.config.tie_weights,
+                                             source))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, dropout: float = 0.0) -> "GPT":
@@ -500,33 +465,7 @@ class GPT(nn.Module):
             pytorch_model.bin, whole or in shards.
         Raises ValueError if they cannot be had, or are not a GPT-2 of this form.
         """
-        shape, state = pretrained.read(name_or_path)
+        shape, state = weights.read_pretrained(name_or_path)
         model = cls(GPTConfig(**shape, dropout=dropout, bias=True))
         model.load_weights(state, source=name_or_path)
         return model
-
-
-# --------------------------------------------------------------------------- from logits to tokens
-
-def penalize_repeats(logits: torch.Tensor, tokens: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Weaken the logits, (B, V), of the ids that occur in tokens, (B, T) (arXiv:1909.05858)."""
-    seen = logits.gather(1, tokens)  # (B, T)
-    return logits.scatter(1, tokens, torch.where(seen > 0, seen / penalty, seen * penalty))
-
-
-def draw(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None,
-         ) -> torch.Tensor:
-    """Draw one id per row, (B,) int64, from logits (B, V); settings as in `GPT.stream`."""
-    if temperature < 1e-6:  # 0, or so close to it that float32 would not hold the quotients
-        return logits.argmax(dim=-1)
-    ids = None
-    if top_k is not None or top_p is not None:
-        V = logits.size(1)
-        logits, ids = logits.topk(min(top_k or V, V))  # (B, K), likeliest first
-    # The largest becomes 0, so that no quotient overflows.
-    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
-    if top_p is not None:
-        likelier = probs.cumsum(dim=-1) - probs  # mass of the tokens before each
-        probs = probs.masked_fill(likelier >= max(top_p, 1e-9), 0)  # float32 would make less 0
-    drawn = torch.multinomial(probs, 1)  # (B, 1)
-    return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)

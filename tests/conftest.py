@@ -24,7 +24,7 @@ from data.tokenizer import CharTokenizer  # noqa: E402
 
 # Warnings that our modules must not draw when the scripts run.
 WARNINGS = ["DeprecationWarning", "FutureWarning"]
-OURS = ["__main__", "model", "kernels", "muon", "pretrained", "runtime", "checkpoint",
+OURS = ["__main__", "model", "kernels", "optimizer", "weights", "runtime", "checkpoint",
         "metrics", "configurator", "data.bins", "data.tokenizer", "data.documents"]
 
 # What makes a run of train.py short: a model of 6,000 parameters on a few characters.

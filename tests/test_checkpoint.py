@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import checkpoint
 from configurator import UserError
 from model import GPT, GPTConfig
-from pretrained import PRETRAINED
+from weights import PRETRAINED
 
 SHAPE = {"block_size": 16, "vocab_size": 14, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": True}
 

@@ -39,6 +39,7 @@ each_settings = pytest.mark.parametrize("settings", CONFIGS, ids=lambda p: p.ste
 def test_the_documented_configs_are_there():
     assert {path.stem for path in CONFIGS} >= {
         "train_gpt2", "train_shakespeare_char", "train_shakespeare_char_cpu", "train_stdlib_char",
+        "fast_gpt2", "fast_shakespeare_char", "fast_shakespeare_char_cpu", "fast_stdlib_char",
         "finetune_shakespeare", "eval_gpt2", "eval_gpt2_medium", "eval_gpt2_large", "eval_gpt2_xl"}
 
 
@@ -69,10 +70,15 @@ def test_the_dataset_can_be_prepared(settings):
     assert (ROOT / "data" / settings["dataset"] / "prepare.py").is_file()
 
 
-def test_the_demos_config_trains_when_cut_down(text_dataset, tmp_path):
-    done = run(ROOT / "train.py", "config/train_stdlib_char.py", f"--dataset={text_dataset}",
+@pytest.mark.parametrize("name, smaller", [
+    ("train_stdlib_char", []), ("fast_stdlib_char", []), ("fast_shakespeare_char_cpu", []),
+    ("fast_shakespeare_char", ["--n_embd=20", "--batch_size=2"]),
+    ("fast_gpt2", ["--n_layer=2", "--n_embd=24", "--block_size=64", "--batch_size=2",
+                   "--gradient_accumulation_steps=2"])])
+def test_a_config_trains_when_cut_down(name, smaller, text_dataset, tmp_path):
+    done = run(ROOT / "train.py", f"config/{name}.py", f"--dataset={text_dataset}",
                f"--out_dir={tmp_path}", "--max_iters=2", "--eval_iters=1", "--device=cpu",
-               "--log_interval=1")
+               "--log_interval=1", *smaller)
     assert done.returncode == 0, done.stderr
     assert "iter 1: loss" in done.stdout
     assert (tmp_path / "ckpt.pt").exists()

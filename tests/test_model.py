@@ -11,9 +11,8 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-import model
-from kernels import Linear, RMSNorm, attention, attention_by_hand, dropout, softcap
-from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTConfig, RotaryPositions, draw
+from kernels import Linear, RMSNorm, attention, attention_by_hand, draw, dropout, softcap
+from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTConfig, RotaryPositions
 
 SHAPE = {"block_size": 32, "vocab_size": 300, "n_layer": 3, "n_head": 4, "n_embd": 64}
 # Every departure from GPT-2 at once.
@@ -602,7 +601,7 @@ def test_repetition_penalty_equals_that_of_transformers(idx):
     torch.manual_seed(5)
     logits = torch.randn(2, 300)
     reference = transformers.RepetitionPenaltyLogitsProcessor(1.7)(idx, logits.clone())
-    torch.testing.assert_close(model.penalize_repeats(logits, idx, 1.7), reference)
+    torch.testing.assert_close(kernels.penalize_repeats(logits, idx, 1.7), reference)
 
 
 def test_repetition_penalty_reaches_generation(gpt, idx):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonalise
+from optimizer import Muon, orthogonalise
 
 GROUP = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "parts": 1, "dtype": torch.float32}
 

@@ -1,4 +1,4 @@
-"""GPT-2 weights in Hugging Face's format: where they are, and how they are read."""
+"""Weights from files: GPT-2's, in Hugging Face's format, and whether any fit a model."""
 
 import json
 import os
@@ -33,7 +33,37 @@ def _folder(name_or_path: str) -> Path:
     return folder
 
 
-def read(name_or_path: str) -> tuple[dict, dict[str, torch.Tensor]]:
+def fitting(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], tied: bool,
+            source: object) -> dict[str, torch.Tensor]:
+    """The tensors of `state` for a model whose own are `own`.
+
+    tied: whether the head's weights are the token embeddings; they may then be left out.
+    Raises ValueError naming the missing, unknown, misshapen and broken tensors of `source`.
+    """
+    state = {name: tensor for name, tensor in state.items()  # without stored causal masks
+             if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    if tied and "lm_head.weight" not in state and "transformer.wte.weight" in state:
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+    wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
+    wrong += [f"{name} is unknown" for name in state.keys() - own.keys()]
+    shapes = {name: tuple(tensor.shape) if isinstance(tensor, torch.Tensor)
+              else type(tensor).__name__ for name, tensor in state.items()}
+    wrong += [f"{name} is {shapes[name]}, not {tuple(own[name].shape)}"
+              for name in own.keys() & state.keys() if shapes[name] != tuple(own[name].shape)]
+    if not wrong:
+        wrong = [f"{name} holds numbers that are not finite"
+                 for name, tensor in state.items() if not tensor.isfinite().all()]
+    if not wrong and tied and not torch.equal(state["lm_head.weight"],
+                                              state["transformer.wte.weight"]):
+        wrong = ["lm_head.weight differs from transformer.wte.weight (this model ties them)"]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{source} does not fit the model: {'; '.join(sorted(wrong)[:3])}"
+                         f"{more}; give a file of such a model")
+    return state
+
+
+def read_pretrained(name_or_path: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """The shape of a pretrained GPT-2, as arguments of GPTConfig, and its weights by our names.
 
     name_or_path: as in `GPT.from_pretrained`, whose errors these are.

@@ -1,0 +1,40 @@
+# The demo: a character model of Python's own standard library, which every machine has.
+#
+#   python data/stdlib_char/prepare.py
+#   python train.py config/fast_stdlib_char.py
+#   python sample.py --out_dir=out-fast-stdlib-char
+#
+
+out_dir = "out-fast-stdlib-char"
+dataset = "stdlib_char"
+eval_interval = 0  # at the end alone
+eval_iters = 50
+log_interval = 25
+
+gradient_accumulation_steps = 1
+batch_size = 16
+block_size = 128
+
+n_layer = 3
+n_head = 4
+n_embd = 192
+
+positions = "rotary"
+qk_norm = True
+activation = "relu2"
+tie_weights = False
+zero_init = True
+smear = True
+
+optimizer = "muon"
+muon_momentum = 0.9
+learning_rate = 8e-3
+schedule = "linear"
+decay_fraction = 0.7
+warmup_iters = 0
+max_iters = 400
+lr_decay_iters = 400
+min_lr = 0.0
+beta2 = 0.95
+
+device = "cpu"
