@@ -83,3 +83,17 @@ def test_all_rates_follow_the_schedule_in_proportion(runs):
     assert {round(group["lr"] / group["lr_ratio"], 9) for group in groups} == {1e-3}  # min_lr
     assert [group["lr_ratio"] for group in groups if "momentum" in group] == pytest.approx(
         [recipe.get("muon_lr", 0.02) / 1e-2] * (2 if recipe.get("optimizer") == "muon" else 0))
+
+
+def test_a_rotary_checkpoint_goes_on_with_longer_blocks_and_a_learned_one_does_not(runs):
+    here, recipe = runs
+    args = [str(ROOT / "train.py"), "--init_from=whole/ckpt.pt", "--out_dir=longer",
+            "--block_size=32", "--max_iters=1", "--eval_iters=1", "--batch_size=2", "--device=cpu",
+            f"--dataset={load(here / 'whole')['config']['dataset']}"]
+    done = forked(args, here, {"OMP_NUM_THREADS": "1"})
+    if recipe.get("positions") == "rotary":
+        assert done.returncode == 0, done.stderr
+        assert load(here / "longer")["model_args"]["block_size"] == 32
+    else:
+        assert done.returncode == 2
+        assert "block_size = 32: the model has 16 positions" in done.stderr
