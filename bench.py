@@ -64,7 +64,6 @@ check(globals(), "batch_size is None or batch_size >= 1", "block_size >= 1", "n_
 modes = {"train": ["train"], "sample": ["sample"], "data": ["data"],
          "all": ["train", "sample", "data"], "None": ["train", "sample"]}
 modes = modes[choose("mode", str(mode), list(modes))]
-choose("optimizer", optimizer, ["adamw", "muon"])
 choose("peer", str(peer), ["plain", "transformers", "None"])
 if profile and "train" not in modes:
     raise UserError(f"profile = True traces training, but mode = {mode!r}: use --mode=train")
@@ -109,13 +108,15 @@ from data.bins import (
 )
 from data.tokenizer import GPT2Tokenizer, load_meta
 from metrics import Stopwatch
-from model import GPT, GPTConfig
+from model import ACTIVATIONS, GPT, GPTConfig
+from optimizer import OPTIMIZERS
 
 # ---------------------------------------------------------------------------- model and machine
 
 if runtime.process()[1] > 1:
     raise UserError("bench.py measures one process: start it without torchrun")
 runtime.check(device, dtype, compile)
+choose("optimizer", optimizer, list(OPTIMIZERS))
 path = dataset_folder(dataset) / "train.bin"
 found = real_data and path.exists() and modes != ["data"]
 meta = load_meta(path.parent) if found else None
@@ -139,6 +140,11 @@ results = {
         "flags": [name for name, there in capabilities.items() if there is True],
         "system": platform.platform(), "python": platform.python_version(),
         "torch": torch.__version__, "device": str(rt.device), "dtype": rt.dtype}}
+departures = [f.name for f in fields(GPTConfig) if f.name in (
+    "positions", "norm", "qk_norm", "smear", "tie_weights", "logit_softcap")
+    and getattr(model.config, f.name) != f.default]
+if peer and departures:
+    print(f"{peer} is GPT-2 all the same: it knows no {', '.join(departures)}")
 if modes == ["data"]:
     del model
 else:
@@ -201,10 +207,9 @@ class Plain(torch.nn.Module):
         super().__init__()
         self.wte = torch.nn.Embedding(vocab_size, n_embd)
         self.wpe = torch.nn.Embedding(block_size, n_embd)
-        act = {"gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu}
         layer = torch.nn.TransformerEncoderLayer(
-            n_embd, n_head, 4 * n_embd, dropout, act[activation], batch_first=True,
-            norm_first=True, bias=bias)
+            n_embd, n_head, 4 * n_embd, dropout, ACTIVATIONS[activation],
+            batch_first=True, norm_first=True, bias=bias)
         layer.dropout.p = 0.0  # inside the MLP, where GPT-2 has none
         self.h = torch.nn.TransformerEncoder(
             layer, n_layer, torch.nn.LayerNorm(n_embd, bias=bias), enable_nested_tensor=False)

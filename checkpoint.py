@@ -216,7 +216,7 @@ def restore_settings(config: dict, given: dict, contents: dict) -> dict:
 def check_shape(given: dict, config: GPTConfig, source: object) -> None:
     """Raise UserError if settings that were given ask for another model than the loaded one."""
     for name, value in asdict(config).items():
-        if name not in ("block_size", "dropout") and given.get(name, value) != value:
+        if name not in ("block_size", "dropout", "zero_init") and given.get(name, value) != value:
             raise UserError(f"{name} = {given[name]!r}, but the model of {source} has {value!r}: "
                             f"leave it out, or use --init_from=scratch")
 
@@ -232,15 +232,30 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
         raise UserError(f"{contents['path']} has no optimizer to resume with: start anew from its "
                         f"weights with --init_from={contents['path']}")
     try:
-        ids = [i for group in saved["param_groups"] for i in group["params"]]
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):  # the fused step does not look at shapes
-            if any(part.shape != p.shape for name, part in saved["state"].get(i, {}).items()
-                   if name != "step"):
-                raise ValueError("its tensors are in another order or of other shapes")
-        groups = zip(saved["param_groups"], optimizer.param_groups, strict=True)
-        options = [old | {k: v for k, v in new.items() if k != "params"} for old, new in groups]
-        optimizer.load_state_dict({**saved, "param_groups": options})
+        today = optimizer.state_dict()["param_groups"]
+        own = {}  # by a parameter's name: its number in `today`, itself, what its steps remember
+        for group, numbered_group in zip(optimizer.param_groups, today, strict=True):
+            memory = ["momentum"] if "momentum" in group else ["exp_avg", "exp_avg_sq"]
+            own |= {name: (i, p, memory) for name, i, p in zip(
+                group["param_names"], numbered_group["params"], group["params"], strict=True)}
+        old = [i for group in saved["param_groups"] for i in group["params"]]
+        names = [name for group in saved["param_groups"] for name in group.get("param_names", [])]
+        if old and not names:  # other trainers', and ours before they had names
+            names = [str(name).removeprefix("_orig_mod.") for name in contents["model"]]
+            names = sorted((name for name in names if name in own),
+                           key=lambda name: own[name][1].dim() < 2)  # matrices, then vectors
+        if set(names) != own.keys():
+            raise ValueError("its parameters are others")
+        state = {}
+        for name, number in zip(names, old, strict=True):
+            i, p, memory = own[name]
+            if number in saved["state"]:
+                state[i] = part = saved["state"][number]
+                if not part.keys() >= {"step", *memory}:
+                    raise ValueError(f"{name} has {', '.join(part)}, not {', '.join(memory)}")
+                if any(part[moment].shape != p.shape for moment in memory):
+                    raise ValueError("its tensors are in another order or of other shapes")
+        optimizer.load_state_dict({"state": state, "param_groups": today})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{contents['path']}: its optimizer does not fit ({error}): start anew "
                         f"from its weights with --init_from={contents['path']}") from None
@@ -249,7 +264,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
 
 
 def size_of(model: GPT) -> int:
-    """Bytes of a checkpoint: the weights, AdamW's two moments of each, and 1 MiB for the rest."""
+    """Bytes of a checkpoint: the weights, at most two moments of each, and 1 MiB for the rest."""
     return 3 * sum(p.numel() * p.element_size() for p in model.parameters()) + 2**20
 
 

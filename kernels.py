@@ -79,22 +79,25 @@ def attention_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: floa
     return (weights @ v.reshape(B * H, S, D)).view(B, H, T, D)
 
 
+EPS = torch.finfo(torch.float32).eps  # of RMSNorm: what torch's own has for float32
+
+
 class RMSNorm(nn.Module):
     """Divides vectors by their root mean square; no parameters (arXiv:1910.07467)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type == "cpu" and torch.is_grad_enabled():
             return _RMSNormOnCPU.apply(x)
-        return F.rms_norm(x, (x.size(-1),))
+        return F.rms_norm(x, (x.size(-1),), eps=EPS).type_as(x)  # a GPU's autocast makes it float32
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
-    """torch's own backward takes two to three times as long on a CPU."""
+    """The same; torch's own backward takes two to three times as long on a CPU."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = x.size(-1) ** 0.5 / norm.clamp_(min=1e-10)  # 1 / root mean square
+        scale = norm.square_().div_(x.size(-1)).add_(EPS).rsqrt_()
         y = (x * scale).type_as(x)
         ctx.save_for_backward(y, scale)
         return y
@@ -104,6 +107,11 @@ class _RMSNormOnCPU(torch.autograd.Function):
         y, scale = ctx.saved_tensors
         along = torch.linalg.vecdot(y_grad, y).unsqueeze(-1) / -y.size(-1)  # has no effect on y
         return torch.addcmul(y_grad, y, along).mul_(scale)
+
+
+def relu2(x: torch.Tensor) -> torch.Tensor:
+    """The square of what is positive, 0 elsewhere."""
+    return F.relu(x).square()
 
 
 def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""GPT-2 in one file, and what is newer as settings: layers, forward, sampling, pretrained weights.
+"""The GPT: layers, forward and sampling. GPT-2 by default, what is newer as settings.
 
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65))
     logits, loss = model(idx, targets)              # idx, targets: (B, T) int64
@@ -32,15 +32,16 @@ from kernels import (
     attention,
     draw,
     penalize_repeats,
+    relu2,
     softcap,
 )
-from optimizer import configure
+from optimizer import make_optimizer
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's own
     "gelu": F.gelu,  # the exact form: checkpoints whose model_args name no activation
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),  # arXiv:2109.08668
+    "relu2": relu2,  # arXiv:2109.08668
 }
 NORMS: dict[str, Callable[["GPTConfig"], nn.Module]] = {
     "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),  # GPT-2's own
@@ -96,14 +97,14 @@ class GPTConfig:
 # ----------------------------------------------------------------------------------------- layers
 
 class TokenEmbedding(nn.Embedding):
-    """A vector for each token; with a smear, and a learned share of that of the token before, so
+    """A vector for each token; with a smear, also a learned share of that of the token before, so
     that the first block already sees pairs."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config.vocab_size, config.n_embd)
         self.smear = nn.Parameter(torch.empty(config.n_embd)) if config.smear else None
 
-    def forward(self, idx: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, idx: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
         """idx: (B, T); before: (B, 1), the tokens before them, None at the start of a text.
         Returns (B, T, C)."""
         x = super().forward(idx)
@@ -265,7 +266,7 @@ class GPT(nn.Module):
                 nn.init.constant_(p, 0.5)
             elif p.dim() >= 2:
                 # Each of the 2 * n_layer residual additions widens the stream's variance, so
-                # they start smaller (GPT-2 report, section 2.3).
+                # what feeds them starts smaller (GPT-2 report, section 2.3).
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if last else 1))
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
@@ -410,9 +411,12 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters; by default without the embeddings that no matrix product reads:
         those of positions, and of tokens where the head has weights of its own."""
-        unread = [self.transformer.wpe] + [self.transformer.wte] * (not self.config.tie_weights)
         n = sum(p.numel() for p in self.parameters())
-        return n - sum(p.numel() for part in unread for p in part.parameters()) * non_embedding
+        if non_embedding:
+            n -= sum(p.numel() for p in self.transformer.wpe.parameters())
+            if not self.config.tie_weights:
+                n -= self.transformer.wte.weight.numel()
+        return n
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context; with rotary positions it may also grow.
@@ -425,10 +429,10 @@ class GPT(nn.Module):
     def configure_optimizers(
             self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
             optimizer: str = "adamw", **options: float | torch.dtype | None) -> torch.optim.AdamW:
-        """Fused AdamW, or Muon with AdamW for what is no hidden matrix; weight decay on matrices
-        and embeddings, none on biases and norms. options: those of `optimizer.configure`."""
-        return configure(self.named_parameters(), weight_decay, learning_rate, betas, optimizer,
-                         **options)
+        """Fused AdamW, or Muon for the matrices of the blocks and AdamW for the rest; weight decay
+        on matrices and embeddings, none on biases and norms. options: `make_optimizer`'s."""
+        return make_optimizer(self.named_parameters(), weight_decay, learning_rate, betas,
+                              optimizer, **options)
 
     def flops_per_token(self) -> int:
         """Model FLOPs of training on one token of a full block, a multiply-add counted as two.
@@ -453,8 +457,8 @@ class GPT(nn.Module):
     def load_weights(self, state: dict[str, torch.Tensor], source: str) -> None:
         """Copy parameters by name. Raises ValueError naming the missing, unknown, misshapen and
         broken tensors of `source`; then nothing was copied."""
-        self.load_state_dict(weights.fitting(state, self.state_dict(), self.config.tie_weights,
-                                             source))
+        self.load_state_dict(weights.checked_weights(
+            state, self.state_dict(), self.config.tie_weights, source))
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, dropout: float = 0.0) -> "GPT":

@@ -14,7 +14,7 @@ from configurator import RunError, UserError, announce, check, choose, configure
 
 # output
 out_dir = "out"  # where checkpoints and metrics.jsonl go
-eval_interval = 2000  # steps between evaluations; 0: one, at the end
+eval_interval = 2000  # steps between evaluations; 0: one, at the end, and no ckpt.pt before it
 log_interval = 1  # steps between log lines
 eval_iters = 200  # batches in an evaluation; 0: the whole validation split, each token once
 eval_only = False  # evaluate once, write nothing
@@ -46,18 +46,18 @@ tie_weights = True  # whether the head's weights are the token embeddings
 zero_init = False  # whether an untied head, and what ends each half block, start at zero
 logit_softcap = 0.0  # bends the logits to within +- this; 0: leaves them
 # optimizer
-optimizer = "adamw"  # adamw | muon (for the hidden matrices; AdamW for the rest)
-learning_rate = 6e-4  # the highest
+optimizer = "adamw"  # adamw | muon (for the matrices of the blocks; AdamW for the rest)
+learning_rate = 6e-4  # AdamW's highest; all rates follow the schedule in proportion to their own
 max_iters = 600000  # steps in all
-weight_decay = 1e-1  # of matrices and embeddings
-beta1 = 0.9
-beta2 = 0.95
-muon_lr = 0.02  # Muon's own highest rate; it follows the schedule in proportion, as do the next two
-muon_momentum = 0.95
+weight_decay = 1e-1  # of matrices, embeddings and the head
+beta1 = 0.9  # AdamW's
+beta2 = 0.95  # AdamW's
+muon_lr = 0.02  # Muon's highest rate
+muon_momentum = 0.95  # share of the earlier gradients in a step of Muon's
 embedding_lr: float | None = None  # of token and position embeddings; None: learning_rate
+embedding_decay: float | None = None  # of the same; None: weight_decay
 head_lr: float | None = None  # of a head that is not tied; None: learning_rate
-embedding_decay: float | None = None  # None: weight_decay
-head_decay: float | None = None  # None: weight_decay
+head_decay: float | None = None  # of the same; None: weight_decay
 grad_clip = 1.0  # largest norm of the gradient; 0: any
 max_bad_steps = 10  # give up when so many in a row had a loss or gradient that is not finite
 # learning rate schedule
@@ -113,6 +113,7 @@ from data.bins import (
 from data.tokenizer import load_meta
 from metrics import Metrics, Stopwatch, import_loggers
 from model import ACTIVATIONS, GPT, NORMS, POSITIONS, GPTConfig
+from optimizer import OPTIMIZERS
 
 # Streams of random numbers: no two may ever be seeded alike.
 TRAIN_BATCHES, TRAIN_EVALUATION, VAL_EVALUATION, DROPOUT = range(4)
@@ -130,7 +131,8 @@ if init_from in ("resume", "auto"):
         raise UserError(f"nothing to resume: {out_dir} has neither {checkpoint.NEWEST} nor "
                         f"{checkpoint.BEST}; use --init_from=auto to start in that case")
 check(globals(), "warmup_iters < lr_decay_iters or not decay_lr",
-      "min_lr <= learning_rate or not decay_lr")
+      "min_lr <= learning_rate or not decay_lr", "head_lr is None or not tie_weights",
+      "head_decay is None or not tie_weights")
 _, world_size = runtime.process()
 if gradient_accumulation_steps % world_size:
     raise UserError(f"gradient_accumulation_steps = {gradient_accumulation_steps} does not divide "
@@ -145,7 +147,7 @@ val_tokens = open_bin(folder / "val.bin", block_size)
 meta = load_meta(folder)
 vocab_size = meta["vocab_size"] if meta else 50304  # GPT-2's 50,257, padded to a multiple of 64
 for name, choices in (("activation", ACTIVATIONS), ("positions", POSITIONS), ("norm", NORMS),
-                      ("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "linear"))):
+                      ("optimizer", OPTIMIZERS), ("schedule", ("cosine", "linear"))):
     choose(name, globals()[name], list(choices))
 torch.manual_seed(seed)
 with user_errors():
@@ -158,6 +160,8 @@ with user_errors():
         model, model_meta = checkpoint.load_pretrained(init_from, dropout)
         checkpoint.check_tokenizer(model_meta, meta, init_from, dataset)
         checkpoint.check_shape(given, model.config, init_from)
+        if block_size > model.config.block_size:
+            announce(f"block_size: {model.config.block_size} in {init_from}, {block_size} here")
         model.crop_block_size(block_size)
 model_args = asdict(model.config)
 config |= {name: model_args[name] for name in model_args if name in config}  # what it really is
@@ -223,8 +227,8 @@ def lr_at(i: int) -> float:
     if i >= lr_decay_iters:
         return min_lr
     if schedule == "linear":
-        left = (lr_decay_iters - i) / (decay_fraction * lr_decay_iters)  # of the way down
-        return min_lr + (learning_rate - min_lr) * min(1, left)
+        way = min(decay_fraction * lr_decay_iters, lr_decay_iters - warmup_iters)  # down, in steps
+        return min_lr + (learning_rate - min_lr) * min(1, (lr_decay_iters - i) / way)
     progress = (i - warmup_iters) / (lr_decay_iters - warmup_iters)  # of the decay, 0 to 1
     return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -319,7 +323,9 @@ def diverged(what: str) -> RunError:
     elif not grad_clip:
         advice = "--grad_clip=1.0"
     else:
-        advice = f"a smaller --learning_rate than {learning_rate:g}, or longer --warmup_iters"
+        rates = f"a smaller --learning_rate than {learning_rate:g}"
+        rates += f" and --muon_lr than {muon_lr:g}" if optimizer == "muon" else ""
+        advice = f"{rates}, or longer --warmup_iters"
     path, steps = checkpoint.newest(out_dir)
     return RunError(f"{what} (last good loss: {good_loss:.4f}); nothing of it was saved: " + (
         f"go on from {path}, which holds step {steps}, by --init_from=resume" if path else

@@ -33,8 +33,8 @@ def _folder(name_or_path: str) -> Path:
     return folder
 
 
-def fitting(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], tied: bool,
-            source: object) -> dict[str, torch.Tensor]:
+def checked_weights(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], tied: bool,
+                    source: object) -> dict[str, torch.Tensor]:
     """The tensors of `state` for a model whose own are `own`.
 
     tied: whether the head's weights are the token embeddings; they may then be left out.
@@ -112,6 +112,10 @@ def _read_files(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
                 state |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except ModuleNotFoundError:
         raise
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # each reader has its own
         raise ValueError(f"cannot read {path} ({type(error).__name__}): it is damaged, or holds "
                          f"more than plain data") from None

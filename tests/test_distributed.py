@@ -20,13 +20,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run
+from conftest import MODERN, ROOT, TINY, run
 
 TIMES = {"tokens_per_s", "data_ms", "forward_ms", "backward_ms", "optimizer_ms", "seconds"}
 # 125 blocks to evaluate make 25 batches, the last cut short; 6 micro-steps suit 1, 2 and 3.
 RUN = [*TINY, "--batch_size=5", "--eval_iters=0", "--gradient_accumulation_steps=6",
        "--dropout=0.1", "--max_iters=24", "--lr_decay_iters=24", "--eval_interval=8",
-       "--keep_every=8", "--init_from=auto"]
+       "--keep_every=8", "--init_from=auto", "--optimizer=muon",
+       *(f"--{name}={value}" for name, value in MODERN.items())]
 PLAIN = ["--dropout=0", "--gradient_accumulation_steps=4", "--max_iters=20"]
 BFLOAT16 = ["--dtype=bfloat16", "--log_interval=3"]
 HANG_S = 300  # no start takes that long

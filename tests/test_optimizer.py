@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimizer import Muon, orthogonalise
+from optimizer import Muon, make_optimizer, orthogonalise
 
 GROUP = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "parts": 1, "dtype": torch.float32}
 
@@ -45,7 +45,7 @@ def test_orthogonalised_matrices_keep_their_directions_with_even_strength():
     torch.manual_seed(0)
     x = torch.randn(4, 24, 40)
     u, s, v = torch.linalg.svd(x, full_matrices=False)
-    mixed = u.mT @ orthogonalise(x) @ v.mT  # diagonal if the directions stay
+    mixed = u.mT @ orthogonalise(x, torch.float32) @ v.mT  # diagonal if the directions stay
     strength = mixed.diagonal(dim1=1, dim2=2)
     assert strength.min() > 0.6 and strength.max() < 1.3
     assert (mixed - torch.diag_embed(strength)).abs().max() < 1e-4
@@ -85,3 +85,28 @@ def test_a_step_with_found_inf_changes_nothing_and_the_next_goes_on():
             twin.step()
     for p, t in zip(params, twins, strict=True):
         assert torch.equal(p, t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_the_precision_of_half_a_float_is_enough_for_gradients_of_any_size(dtype, size):
+    torch.manual_seed(0)
+    x = torch.randn(2, 24, 40) * size
+    exact = orthogonalise(x, torch.float32)
+    assert (orthogonalise(x, dtype) - exact).norm() < 0.03 * exact.norm()
+
+
+def test_an_unknown_optimizer_is_answered_with_the_choices():
+    with pytest.raises(ValueError, match="'sgd': expected one of adamw, muon"):
+        make_optimizer([], 0.1, 1e-3, (0.9, 0.95), "sgd")
+
+
+def test_frozen_parameters_are_left_out():
+    params = {name: torch.nn.Parameter(torch.ones(4, 4)) for name in (
+        "transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight", "lm_head.weight")}
+    for name, p in params.items():
+        p.requires_grad = name == "transformer.h.0.mlp.c_fc.weight"
+        p.grad = torch.ones(4, 4)
+    make_optimizer(params.items(), 0.1, 1e-3, (0.9, 0.95), "muon").step()
+    changed = [name for name, p in params.items() if (p != 1).any()]
+    assert changed == ["transformer.h.0.mlp.c_fc.weight"]

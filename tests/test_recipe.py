@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, forked
+from conftest import MODERN, ROOT, TINY, forked
 
-MODERN = {"activation": "relu2", "positions": "rotary", "norm": "rmsnorm", "qk_norm": True,
-          "smear": True, "tie_weights": False, "zero_init": True, "logit_softcap": 15.0,
-          "optimizer": "muon", "schedule": "linear", "embedding_lr": 0.02, "embedding_decay": 0.0}
-RECIPES = {name: {name: value} for name, value in MODERN.items()} | {
+SETTINGS = MODERN | {"optimizer": "muon", "schedule": "linear", "embedding_lr": 0.02,
+                     "embedding_decay": 0.0}
+RECIPES = {name: {name: value} for name, value in SETTINGS.items()} | {
     "head_lr": {"tie_weights": False, "head_lr": 0.005, "head_decay": 0.0},
     "muon in bfloat16": {"optimizer": "muon", "dtype": "bfloat16", "muon_momentum": 0.8},
-    "all": MODERN | {"head_lr": 0.005, "head_decay": 0.0, "dropout": 0.1, "muon_lr": 0.05}}
+    "all": SETTINGS | {"head_lr": 0.005, "head_decay": 0.0, "dropout": 0.1, "muon_lr": 0.05}}
 TIMES = {"tokens_per_s", "data_ms", "forward_ms", "backward_ms", "optimizer_ms", "seconds"}
 
 
