@@ -33,12 +33,10 @@ dropout = 0.0
 bias = False  # in Linear and LayerNorm
 activation = "gelu_tanh"  # gelu_tanh | gelu | relu | relu2
 positions = "learned"  # learned | rotary
-norm = "layernorm"  # layernorm | rmsnorm
 qk_norm = False
 smear = False
 tie_weights = True
 zero_init = False
-logit_softcap = 0.0
 optimizer = "adamw"  # adamw | muon
 # data
 real_data = True  # read the dataset's train.bin if it is there, else make up random tokens
@@ -141,7 +139,7 @@ results = {
         "system": platform.platform(), "python": platform.python_version(),
         "torch": torch.__version__, "device": str(rt.device), "dtype": rt.dtype}}
 departures = [f.name for f in fields(GPTConfig) if f.name in (
-    "positions", "norm", "qk_norm", "smear", "tie_weights", "logit_softcap")
+    "positions", "qk_norm", "smear", "tie_weights")
     and getattr(model.config, f.name) != f.default]
 if peer and departures:
     print(f"{peer} is GPT-2 all the same: it knows no {', '.join(departures)}")

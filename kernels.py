@@ -114,11 +114,6 @@ def relu2(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x).square()
 
 
-def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
-    """Logits bent by tanh to within +- cap (arXiv:2408.00118); as they are if cap is 0."""
-    return cap * torch.tanh(logits / cap) if cap else logits
-
-
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of the logits x @ weight.T, of which a chunk of rows is held at a time.
 
@@ -128,10 +123,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                dtype: torch.dtype, cap: float = 0.0) -> torch.Tensor:
+                dtype: torch.dtype) -> torch.Tensor:
         """x: (N, C); weight: (V, C); targets: (N,) int64, -1 where there is nothing to predict;
-        dtype: of the matrix products, float32 or bfloat16: float16 would need a scaled loss;
-        cap: of the logits, as in `softcap`. Returns the loss, a float32 scalar."""
+        dtype: of the matrix products, float32 or bfloat16: float16 would need a scaled loss.
+        Returns the loss, a float32 scalar."""
         rows = max(len(x) // 8, 2**24 // len(weight))  # 64 MB of logits, or an eighth of them
         counted = targets >= 0
         loss = torch.zeros((), device=x.device)
@@ -141,13 +136,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 x.split(rows), x_grad.split(rows), targets.split(rows), counted.split(rows),
                 strict=True):
             x_part, target = x_part.to(dtype), target.clamp(min=0).unsqueeze(1)  # (n, C), (n, 1)
-            logits = softcap((x_part @ matrix.t()).float(), cap)  # (n, V)
-            log_probs = logits.log_softmax(dim=-1)  # (n, V)
+            log_probs = (x_part @ matrix.t()).float().log_softmax(dim=-1)  # (n, V)
             loss -= log_probs.gather(1, target).squeeze(1).masked_fill(~counts, 0.0).sum()
             grad = log_probs.exp_()  # of the logits: the probabilities, less 1 at the target
             grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-            if cap:
-                grad.mul_(1 - (logits / cap).square_())  # tanh' = 1 - tanh^2
             grad = grad.masked_fill_(~counts.unsqueeze(1), 0.0).to(dtype)
             x_grad_part.copy_(grad @ matrix)
             weight_grad += grad.t() @ x_part
@@ -159,7 +151,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, loss_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_grad, weight_grad, n = ctx.saved_tensors
         scale = loss_grad / n
-        return x_grad.mul_(scale), weight_grad.mul_(scale), None, None, None
+        return x_grad.mul_(scale), weight_grad.mul_(scale), None, None
 
 
 def penalize_repeats(logits: torch.Tensor, tokens: torch.Tensor, penalty: float) -> torch.Tensor:

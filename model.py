@@ -33,7 +33,6 @@ from kernels import (
     draw,
     penalize_repeats,
     relu2,
-    softcap,
 )
 from optimizer import make_optimizer
 
@@ -42,10 +41,6 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,  # the exact form: checkpoints whose model_args name no activation
     "relu": F.relu,
     "relu2": relu2,  # arXiv:2109.08668
-}
-NORMS: dict[str, Callable[["GPTConfig"], nn.Module]] = {
-    "layernorm": lambda config: nn.LayerNorm(config.n_embd, bias=config.bias),  # GPT-2's own
-    "rmsnorm": lambda config: RMSNorm(),  # without parameters
 }
 
 
@@ -65,12 +60,10 @@ class GPTConfig:
     bias: bool = True  # in Linear and LayerNorm, as in GPT-2
     activation: str = "gelu_tanh"  # gelu_tanh | gelu | relu | relu2
     positions: str = "learned"  # learned | rotary
-    norm: str = "layernorm"  # layernorm | rmsnorm (without parameters)
     qk_norm: bool = False  # whether queries and keys are normalised, head by head
     smear: bool = False  # whether a token's vector takes up a share of the one before it
     tie_weights: bool = True  # whether the head's weights are the token embeddings
     zero_init: bool = False  # whether an untied head, and what ends each half block, start at zero
-    logit_softcap: float = 0.0  # bends the logits to within +- this; 0: leaves them
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -82,16 +75,13 @@ class GPTConfig:
                              f"heads: choose a multiple of {self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: expected 0 <= dropout < 1")
-        for name, choices in (("activation", ACTIVATIONS), ("positions", POSITIONS),
-                              ("norm", NORMS)):
+        for name, choices in (("activation", ACTIVATIONS), ("positions", POSITIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: "
                                  f"expected one of {', '.join(choices)}")
         if self.positions == "rotary" and self.n_embd // self.n_head % 2:
             raise ValueError(f"n_embd / n_head = {self.n_embd // self.n_head}: expected an even "
                              f"number, as rotary positions turn pairs")
-        if self.logit_softcap < 0:
-            raise ValueError(f"logit_softcap = {self.logit_softcap}: expected 0 or more")
 
 
 # ----------------------------------------------------------------------------------------- layers
@@ -227,9 +217,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = NORMS[config.norm](config)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = NORMS[config.norm](config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, place: Place, past: torch.Tensor | None = None,
@@ -253,7 +243,7 @@ class GPT(nn.Module):
             "wpe": POSITIONS[config.positions](config),
             "drop": Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": NORMS[config.norm](config),
+            "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
         })
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:  # one matrix reads and writes ids
@@ -301,15 +291,14 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             x = block(x, place, None if past is None else past[i])
         x = self.transformer.ln_f(x)
-        cap = self.config.logit_softcap
         if targets is None:
-            return softcap(self.lm_head(x[:, -1:]), cap), None  # (B, 1, V)
+            return self.lm_head(x[:, -1:]), None  # (B, 1, V)
         device = idx.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if loss_only and dtype != torch.float16:
             return None, LinearCrossEntropy.apply(
-                x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype, cap)
-        logits = softcap(self.lm_head(x), cap)  # (B, T, V)
+                x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype)
+        logits = self.lm_head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return None if loss_only else logits, loss
 

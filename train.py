@@ -39,12 +39,10 @@ dropout = 0.0  # share of activations zeroed in training, on a CPU in 256ths; fo
 bias = False  # whether Linear and LayerNorm add one, as GPT-2's do
 activation = "gelu_tanh"  # gelu_tanh | gelu | relu | relu2 (squared)
 positions = "learned"  # learned | rotary
-norm = "layernorm"  # layernorm | rmsnorm (without parameters)
 qk_norm = False  # whether queries and keys are normalised
 smear = False  # whether a token's vector takes up a share of the one before it
 tie_weights = True  # whether the head's weights are the token embeddings
 zero_init = False  # whether an untied head, and what ends each half block, start at zero
-logit_softcap = 0.0  # bends the logits to within +- this; 0: leaves them
 # optimizer
 optimizer = "adamw"  # adamw | muon (for the matrices of the blocks; AdamW for the rest)
 learning_rate = 6e-4  # AdamW's highest; all rates follow the schedule in proportion to their own
@@ -83,7 +81,6 @@ check(globals(), "out_dir != ''", "eval_interval >= 0", "log_interval >= 1", "ev
       "muon_lr > 0", "0 <= muon_momentum < 1", "0 < decay_fraction <= 1",
       "embedding_lr is None or embedding_lr > 0", "head_lr is None or head_lr > 0",
       "embedding_decay is None or embedding_decay >= 0", "head_decay is None or head_decay >= 0",
-      "logit_softcap >= 0",
       "keep_every >= 0", "max_bad_steps >= 1", "1 <= collective_timeout <= 10**6",
       "weight_decay >= 0", "0 <= beta1 < 1", "0 <= beta2 < 1", "grad_clip >= 0",
       "warmup_iters >= 0", "lr_decay_iters >= 1", "min_lr >= 0", "0 <= seed < 2**64")
@@ -112,7 +109,7 @@ from data.bins import (
 )
 from data.tokenizer import load_meta
 from metrics import Metrics, Stopwatch, import_loggers
-from model import ACTIVATIONS, GPT, NORMS, POSITIONS, GPTConfig
+from model import ACTIVATIONS, GPT, POSITIONS, GPTConfig
 from optimizer import OPTIMIZERS
 
 # Streams of random numbers: no two may ever be seeded alike.
@@ -146,7 +143,7 @@ train_tokens = open_bin(folder / "train.bin", block_size)
 val_tokens = open_bin(folder / "val.bin", block_size)
 meta = load_meta(folder)
 vocab_size = meta["vocab_size"] if meta else 50304  # GPT-2's 50,257, padded to a multiple of 64
-for name, choices in (("activation", ACTIVATIONS), ("positions", POSITIONS), ("norm", NORMS),
+for name, choices in (("activation", ACTIVATIONS), ("positions", POSITIONS),
                       ("optimizer", OPTIMIZERS), ("schedule", ("cosine", "linear"))):
     choose(name, globals()[name], list(choices))
 torch.manual_seed(seed)

@@ -284,7 +284,6 @@ CASES = {
     "an unknown optimizer": Case("train --optimizer=moun", ["'moun'", "did you mean muon?"]),
     "an unknown optimizer to measure": Case("bench --optimizer=sgd", ["'sgd'", "adamw", "muon"]),
     "unknown positions": Case("train --positions=rotari", ["'rotari'", "did you mean rotary?"]),
-    "a negative softcap": Case("train --logit_softcap=-1", ["logit_softcap = -1.0", ">= 0"]),
     "negative steps": Case("train --max_iters=-1", ["max_iters = -1", ">= 0"]),
     "evaluations at a negative interval": Case(
         "train --eval_interval=-1", ["eval_interval = -1", ">= 0"]),

@@ -12,7 +12,7 @@ from conftest import MODERN
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import Linear, RMSNorm, attention, attention_by_hand, draw, dropout, softcap
+from kernels import Linear, RMSNorm, attention, attention_by_hand, draw, dropout
 from model import ACTIVATIONS, GPT, CausalSelfAttention, GPTConfig, RotaryPositions
 
 SHAPE = {"block_size": 32, "vocab_size": 300, "n_layer": 3, "n_head": 4, "n_embd": 64}
@@ -147,8 +147,8 @@ def modern(**changes) -> GPT:
     """A model of SHAPE with every departure from GPT-2, and random weights, its head's included."""
     torch.manual_seed(4)
     gpt = GPT(GPTConfig(**SHAPE | MODERN | changes))
-    for p in gpt.parameters():
-        p.data.normal_(std=0.1)
+    for name, p in gpt.named_parameters():  # so that greedy tokens vary
+        p.data.normal_(std=0.05 if ".h." in name else 0.5)
     return gpt.eval()
 
 
@@ -190,22 +190,6 @@ def test_rmsnorm_on_a_cpu_is_torchs_with_its_gradient(dtype, tolerance, size):
     reference, = torch.autograd.grad(plain, x, y_grad.float())
     assert relative(grad, reference) < tolerance
     assert RMSNorm()(torch.zeros(1, 4, requires_grad=True)).tolist() == [[0, 0, 0, 0]]
-
-
-def test_a_softcap_bounds_the_logits_and_keeps_small_ones():
-    logits = torch.tensor([-1e6, -3.0, -0.1, 0.0, 0.1, 3.0, 1e6])
-    capped = softcap(logits, 2.0)
-    assert capped.abs().max() <= 2
-    torch.testing.assert_close(capped[2:5], logits[2:5], rtol=1e-3, atol=0)
-    torch.testing.assert_close(capped, 2 * torch.tanh(logits / 2))
-    assert softcap(logits, 0.0) is logits
-
-
-def test_a_softcap_bounds_what_the_model_says(idx):
-    gpt = modern(logit_softcap=0.5)
-    gpt.lm_head.weight.data.mul_(100)
-    for logits in (gpt(idx)[0], gpt(idx, idx)[0]):
-        assert 0.49 < logits.abs().max() <= 0.5
 
 
 def test_zero_init_starts_with_even_odds_and_blocks_that_add_nothing(idx):
@@ -363,11 +347,9 @@ def test_dropout_is_the_seeds_and_its_gradient_is_its_mask():
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("V, B", [(300, 4), (50304, 22)])  # in one chunk, and in three
-@pytest.mark.parametrize("cap", [0.0, 0.1])
-def test_the_loss_alone_is_the_loss_beside_the_logits(V, B, dtype, tolerance, cap):
+def test_the_loss_alone_is_the_loss_beside_the_logits(V, B, dtype, tolerance):
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(block_size=32, vocab_size=V, n_layer=1, n_head=2, n_embd=32,
-                        logit_softcap=cap))
+    gpt = GPT(GPTConfig(block_size=32, vocab_size=V, n_layer=1, n_head=2, n_embd=32))
     idx = torch.randint(V, (B, 32))
     targets = torch.randint(V, (B, 32))
     targets[0, 3:9] = -1
@@ -771,9 +753,8 @@ def test_mfu_is_flops_over_time_over_peak(gpt):
 @pytest.mark.parametrize("wrong, words", [
     ({"n_head": 5}, "n_embd = 64.*n_head = 5"), ({"n_layer": 0}, "n_layer = 0"),
     ({"dropout": 1.5}, "dropout = 1.5"), ({"activation": "swish"}, "gelu_tanh, gelu, relu"),
-    ({"positions": "alibi"}, "learned, rotary"), ({"norm": "batchnorm"}, "layernorm, rmsnorm"),
+    ({"positions": "alibi"}, "learned, rotary"),
     ({"positions": "rotary", "n_embd": 60}, "15: expected an even"),
-    ({"logit_softcap": -1.0}, "logit_softcap = -1"),
     ({"block_size": -1}, "block_size = -1")])
 def test_a_shape_that_cannot_be_is_refused(wrong, words):
     with pytest.raises(ValueError, match=words):

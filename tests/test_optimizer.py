@@ -19,13 +19,13 @@ def steps(optimizers: list[torch.optim.Optimizer], params: list[torch.nn.Paramet
             optimizer.step()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float32, 3e-2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(32, 32), (64, 16), (16, 64)])
-def test_a_matrix_takes_the_steps_of_torchs_muon(shape, dtype, tolerance):
+def test_a_matrix_takes_the_steps_of_torchs_muon(shape, dtype):
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
     steps([Muon([GROUP | {"params": [ours], "dtype": dtype}], fused=True)], [ours])
     steps([torch.optim.Muon([theirs], lr=0.02, momentum=0.9, weight_decay=0.1)], [theirs])
-    assert (ours - theirs).norm() < tolerance * (theirs - 1).norm()  # theirs is in bfloat16
+    assert (ours - theirs).norm() < 0.03 * (theirs - 1).norm()  # theirs is in bfloat16
 
 
 def test_parts_of_a_parameter_are_matrices_of_their_own():
