@@ -23,24 +23,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
 import weights
-from kernels import (
-    Dropout,
-    Linear,
-    LinearCrossEntropy,
-    RMSNorm,
-    attention,
-    draw,
-    penalize_repeats,
-    relu2,
-)
+from kernels import Dropout, Linear, LinearCrossEntropy, RMSNorm
 from optimizer import make_optimizer
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's own
     "gelu": F.gelu,  # the exact form: checkpoints whose model_args name no activation
     "relu": F.relu,
-    "relu2": relu2,  # arXiv:2109.08668
+    "relu2": kernels.relu2,  # arXiv:2109.08668
 }
 
 
@@ -170,7 +162,7 @@ class Place(NamedTuple):
 class CausalSelfAttention(nn.Module):
     """Every position reads from itself and those before it, in n_head ways at once."""
 
-    attend = staticmethod(attention)  # tests put attention_by_hand in its place
+    attend = staticmethod(kernels.attention)  # tests put attention_by_hand in its place
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -372,8 +364,8 @@ class GPT(nn.Module):
             held, unread = held + end - unread, end
             logits = logits[:, -1].float()  # (B, V)
             if repetition_penalty != 1:
-                logits = penalize_repeats(logits, tokens[:, :end], repetition_penalty)
-            token = draw(logits[:, :n_vocab], temperature, top_k, top_p)  # (B,)
+                logits = kernels.penalize_repeats(logits, tokens[:, :end], repetition_penalty)
+            token = kernels.draw(logits[:, :n_vocab], temperature, top_k, top_p)  # (B,)
             if stop is not None:
                 token = token.masked_fill(stopped, stop)
                 stopped |= token == stop

@@ -26,14 +26,15 @@ tie_weights = False
 zero_init = True
 
 optimizer = "muon"
+muon_lr = 0.025
 muon_momentum = 0.85  # so few steps: remember fewer
-learning_rate = 8e-3
+learning_rate = 1.2e-2
 schedule = "linear"
 decay_fraction = 0.7
 warmup_iters = 0
-max_iters = 120
-lr_decay_iters = 120
+max_iters = 110
+lr_decay_iters = 110
 min_lr = 0.0
-beta2 = 0.99
+beta2 = 0.95
 
 device = "cpu"

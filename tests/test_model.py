@@ -233,7 +233,7 @@ def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant(idx):
     before, _ = gpt(idx, idx)
     for block in gpt.transformer.h:
         block.attn.c_attn.weight.data[:2 * 64] *= 7  # queries and keys
-    torch.testing.assert_close(gpt(idx, idx)[0], before)
+    torch.testing.assert_close(gpt(idx, idx)[0], before, atol=1e-3, rtol=1e-3)
     for block in gpt.transformer.h:
         block.attn.c_attn.weight.data[2 * 64:] *= 7  # values
     assert (gpt(idx, idx)[0] - before).abs().max() > 1e-3
