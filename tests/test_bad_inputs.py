@@ -280,6 +280,10 @@ CASES = {
     "a Muon rate of 0": Case("train --muon_lr=0", ["muon_lr = 0.0", "> 0"]),
     "an embeddings' rate of 0": Case(
         "train --embedding_lr=0", ["embedding_lr = 0.0", "None or embedding_lr > 0"]),
+    "a rate for the head where there is none": Case(
+        "train --head_lr=0.1", ["head_lr = 0.1", "tie_weights = True", "not tie_weights"]),
+    "another optimizer when resuming": Case(
+        "resume --optimizer=muon", ["ckpt.pt", "not momentum", "--init_from="]),
     "no part to decay in": Case("train --decay_fraction=0", ["decay_fraction = 0.0", "0 <"]),
     "an unknown optimizer": Case("train --optimizer=moun", ["'moun'", "did you mean muon?"]),
     "an unknown optimizer to measure": Case("bench --optimizer=sgd", ["'sgd'", "adamw", "muon"]),

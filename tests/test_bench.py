@@ -88,6 +88,14 @@ def test_peers_take_turns_with_us_and_every_figure_is_in_the_file(tmp_path, peer
     assert len(figures["sample"]["ms_per_token_by_eighth"]) == 4  # of four tokens
 
 
+def test_the_modern_recipe_is_measured_beside_a_peer_that_stays_gpt2(tmp_path):
+    done = run(ROOT / "bench.py", *SMALL, f"--dataset={tmp_path / 'none'}", "--mode=train",
+               "--peer=plain", "--positions=rotary", "--activation=relu2", "--smear=True",
+               "--optimizer=muon")
+    assert done.returncode == 0, done.stderr
+    assert "plain is GPT-2 all the same: it knows no positions, smear\n" in done.stdout
+
+
 def test_peers_are_models_of_the_same_size(monkeypatch):
     # Their parameters, counted by the script itself: read from its namespace after a run.
     monkeypatch.setattr(sys, "argv", ["bench.py", *SMALL, "--mode=train", "--peer=plain",
