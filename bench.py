@@ -36,7 +36,6 @@ positions = "learned"  # learned | rotary
 qk_norm = False
 smear = False
 tie_weights = True
-zero_init = False
 optimizer = "adamw"  # adamw | muon
 # data
 real_data = True  # read the dataset's train.bin if it is there, else make up random tokens

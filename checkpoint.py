@@ -216,7 +216,7 @@ def restore_settings(config: dict, given: dict, contents: dict) -> dict:
 def check_shape(given: dict, config: GPTConfig, source: object) -> None:
     """Raise UserError if settings that were given ask for another model than the loaded one."""
     for name, value in asdict(config).items():
-        if name not in ("block_size", "dropout", "zero_init") and given.get(name, value) != value:
+        if name not in ("block_size", "dropout") and given.get(name, value) != value:
             raise UserError(f"{name} = {given[name]!r}, but the model of {source} has {value!r}: "
                             f"leave it out, or use --init_from=scratch")
 

@@ -55,7 +55,6 @@ class GPTConfig:
     qk_norm: bool = False  # whether queries and keys are normalised, head by head
     smear: bool = False  # whether a token's vector takes up a share of the one before it
     tie_weights: bool = True  # whether the head's weights are the token embeddings
-    zero_init: bool = False  # whether an untied head, and what ends each half block, start at zero
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -241,15 +240,15 @@ class GPT(nn.Module):
         if config.tie_weights:  # one matrix reads and writes ids
             self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
-            last = name.endswith("c_proj.weight")  # these feed the residual stream
-            if name.endswith("bias") or (config.zero_init and (last or name == "lm_head.weight")):
+            if p.dim() >= 2:
+                # Each of the 2 * n_layer residual additions widens the stream's variance, so
+                # those that feed it start smaller (GPT-2 report, section 2.3).
+                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(p, std=0.02 / shrink)
+            elif name.endswith("bias"):
                 nn.init.zeros_(p)
             elif name.endswith("smear"):
                 nn.init.constant_(p, 0.5)
-            elif p.dim() >= 2:
-                # Each of the 2 * n_layer residual additions widens the stream's variance, so
-                # what feeds them starts smaller (GPT-2 report, section 2.3).
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if last else 1))
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
                 past: torch.Tensor | None = None, start: int | torch.Tensor = 0,

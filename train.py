@@ -42,7 +42,6 @@ positions = "learned"  # learned | rotary
 qk_norm = False  # whether queries and keys are normalised
 smear = False  # whether a token's vector takes up a share of the one before it
 tie_weights = True  # whether the head's weights are the token embeddings
-zero_init = False  # whether an untied head, and what ends each half block, start at zero
 # optimizer
 optimizer = "adamw"  # adamw | muon (for the matrices of the blocks; AdamW for the rest)
 learning_rate = 6e-4  # AdamW's highest; all rates follow the schedule in proportion to their own

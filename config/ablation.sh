@@ -17,7 +17,6 @@ muon --optimizer=muon --muon_momentum=0.85 --learning_rate=8e-3
 rotary --positions=rotary
 qk_norm --qk_norm=True
 relu2 --activation=relu2
-zero_init --zero_init=True
 untied --tie_weights=False
 smear --smear=True
 ROWS

@@ -27,7 +27,6 @@ positions = "rotary"
 qk_norm = True
 activation = "relu2"
 tie_weights = False
-zero_init = True
 smear = True
 
 optimizer = "muon"

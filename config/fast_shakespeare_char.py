@@ -23,7 +23,6 @@ qk_norm = True
 smear = True
 activation = "relu2"
 tie_weights = False
-zero_init = True
 
 optimizer = "muon"
 learning_rate = 4e-3

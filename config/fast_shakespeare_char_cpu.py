@@ -23,7 +23,6 @@ qk_norm = True
 smear = True
 activation = "relu2"
 tie_weights = False
-zero_init = True
 
 optimizer = "muon"
 muon_lr = 0.025
@@ -32,8 +31,8 @@ learning_rate = 1.2e-2
 schedule = "linear"
 decay_fraction = 0.7
 warmup_iters = 0
-max_iters = 110
-lr_decay_iters = 110
+max_iters = 115
+lr_decay_iters = 115
 min_lr = 0.0
 beta2 = 0.95
 

@@ -8,7 +8,7 @@
 out_dir = "out-fast-stdlib-char"
 dataset = "stdlib_char"
 eval_interval = 0  # at the end alone
-eval_iters = 50
+eval_iters = 20
 log_interval = 25
 
 gradient_accumulation_steps = 1
@@ -23,7 +23,6 @@ positions = "rotary"
 qk_norm = True
 activation = "relu2"
 tie_weights = False
-zero_init = True
 smear = True
 
 optimizer = "muon"
@@ -32,8 +31,8 @@ learning_rate = 8e-3
 schedule = "linear"
 decay_fraction = 0.7
 warmup_iters = 0
-max_iters = 400
-lr_decay_iters = 400
+max_iters = 250
+lr_decay_iters = 250
 min_lr = 0.0
 beta2 = 0.95
 

@@ -36,7 +36,7 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_
 
 # Every departure of the model from GPT-2, all at once.
 MODERN = {"activation": "relu2", "positions": "rotary", "qk_norm": True,
-          "smear": True, "tie_weights": False, "zero_init": True}
+          "smear": True, "tie_weights": False}
 
 
 @pytest.fixture(scope="session", autouse=True)
