@@ -31,8 +31,8 @@ learning_rate = 1.2e-2
 schedule = "linear"
 decay_fraction = 0.7
 warmup_iters = 0
-max_iters = 115
-lr_decay_iters = 115
+max_iters = 100
+lr_decay_iters = 100
 min_lr = 0.0
 beta2 = 0.95
 
