@@ -4,6 +4,10 @@
 #   python train.py config/fast_shakespeare_char.py
 #   python sample.py --out_dir=out-fast-shakespeare-char
 #
+# Hardware: 2 cores of a 2.8 GHz Xeon, float32. Duration: 36 minutes, of which it stood still for 11
+# (tests had the machine): about 1 second a step.
+# Result: validation loss 1.469 (the whole split). train_shakespeare_char.py is published with
+# 1.4697, after about 3 minutes on an A100.
 
 out_dir = "out-fast-shakespeare-char"
 dataset = "shakespeare_char"
