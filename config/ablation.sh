@@ -1,7 +1,7 @@
 #!/bin/sh
 # What each setting of the modern recipe is worth, at the small CPU size: each row adds one setting
 # to the rows before it. 3 seeds, once with 200 iterations each and once with as many as the last
-# row's 200 take. On 2 cores of a 2.8 GHz Xeon: 30 minutes.
+# row's 200 take. On 2 cores of a 2.8 GHz Xeon, 20 minutes or more.
 #
 #   python data/shakespeare_char/prepare.py
 #   sh config/ablation.sh
