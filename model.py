@@ -1,50 +1,54 @@
-"""The GPT: layers, forward and sampling. GPT-2 by default, what is newer as settings.
+"""GPT-2 in one file; rotary positions, QK-norm, squared ReLU and smear as settings.
 
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65))
-    logits, loss = model(idx, targets)              # idx, targets: (B, T) int64
+    logits, loss = model(idx, targets)                 # idx, targets: (B, T) int64
     tokens = model.generate(idx, max_new_tokens=100, top_k=200)
-    model = GPT.from_pretrained("gpt2")
+    model = GPT.from_pretrained("gpt2")                # or a run's out_dir, or its ckpt.pt
 
-Shapes are written with these letters:
+Needs torch alone (and safetensors, huggingface_hub where Hugging Face files are loaded), so this
+file can be copied into another project. The letters in the shape comments:
 
-    B  sequences in a batch          H  attention heads (n_head)
-    T  tokens in a sequence          D  width of one head (C / H)
-    C  width of the model (n_embd)   V  vocabulary (vocab_size)
-    S  tokens attended to: T, plus those already in the cache
+    B  batch size            H  attention heads (n_head)     S  keys attended to: T, or in
+    T  sequence length       D  width of a head (C / H)         decoding the cache's length
+    C  width (n_embd)        V  vocabulary (vocab_size)
 """
 
+import json
 import math
+import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import kernels
-import weights
-from kernels import Dropout, Linear, LinearCrossEntropy, RMSNorm
-from optimizer import make_optimizer
-
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's own
-    "gelu": F.gelu,  # the exact form: checkpoints whose model_args name no activation
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # the approximation that GPT-2 uses
+    "gelu": F.gelu,
     "relu": F.relu,
-    "relu2": kernels.relu2,  # arXiv:2109.08668
+    "relu2": lambda x: F.relu(x).square(),  # arXiv:2109.08668
 }
+POSITIONS = ("learned", "rotary")
+# The arguments that all minimal GPT trainers know, and the activation of a checkpoint without one.
+CLASSIC_ARGS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+CLASSIC_ACTIVATION = "gelu"
+HF_REPOSITORIES = {f"gpt2{size}": f"openai-community/gpt2{size}"  # 124M, 350M, 774M, 1558M
+                   for size in ("", "-medium", "-large", "-xl")}
+HF_REPOSITORIES["distilgpt2"] = "distilbert/distilgpt2"  # 82M
 
 
 @dataclass
 class GPTConfig:
-    """Shape of a GPT; the defaults are GPT-2 124M with its vocabulary padded to 64s.
+    """Architecture of a GPT. The defaults are GPT-2 124M with its vocabulary padded to 50,304.
 
-    Raises ValueError when no such network can be built.
+    Raises ValueError for values that no network can have.
     """
 
-    block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = 50304  # 50,257 ids of GPT-2, padded for fast matrix products
+    block_size: int = 1024  # maximum sequence length
+    vocab_size: int = 50304  # GPT-2's 50,257, padded to a multiple of 64 for speed
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -52,9 +56,9 @@ class GPTConfig:
     bias: bool = True  # in Linear and LayerNorm, as in GPT-2
     activation: str = "gelu_tanh"  # gelu_tanh | gelu | relu | relu2
     positions: str = "learned"  # learned | rotary
-    qk_norm: bool = False  # whether queries and keys are normalised, head by head
-    smear: bool = False  # whether a token's vector takes up a share of the one before it
-    tie_weights: bool = True  # whether the head's weights are the token embeddings
+    qk_norm: bool = False  # RMS-normalize queries and keys
+    smear: bool = False  # add a learned fraction of the previous token's embedding
+    tie_weights: bool = True  # lm_head shares its weight with wte
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -62,8 +66,8 @@ class GPTConfig:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} = {value!r}: expected a whole number, at least 1")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd = {self.n_embd} does not divide into n_head = {self.n_head} "
-                             f"heads: choose a multiple of {self.n_head}")
+            raise ValueError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: "
+                             f"choose a multiple of {self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: expected 0 <= dropout < 1")
         for name, choices in (("activation", ACTIVATIONS), ("positions", POSITIONS)):
@@ -71,140 +75,143 @@ class GPTConfig:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: "
                                  f"expected one of {', '.join(choices)}")
         if self.positions == "rotary" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_embd / n_head = {self.n_embd // self.n_head}: expected an even "
-                             f"number, as rotary positions turn pairs")
+            raise ValueError(f"n_embd / n_head = {self.n_embd // self.n_head}: rotary positions "
+                             f"need an even head width")
+
+    def to_model_args(self) -> dict:
+        """The arguments to save in a checkpoint: CLASSIC_ARGS, and those that differ from the
+        network of the trainers that know only these."""
+        classic = GPTConfig(activation=CLASSIC_ACTIVATION)
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in CLASSIC_ARGS
+                or getattr(self, f.name) != getattr(classic, f.name)}
+
+    @classmethod
+    def from_model_args(cls, model_args: dict) -> "GPTConfig":
+        """The inverse of `to_model_args`. Raises ValueError for unknown or wrong arguments."""
+        try:
+            return cls(**{"activation": CLASSIC_ACTIVATION} | model_args)
+        except TypeError as error:
+            raise ValueError(f"model_args: {error}") from None
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, so that each token is computed once.
+
+    `GPT.forward` appends to it. All tensors keep their shapes and addresses, as CUDA graphs need.
+    max_len: number of positions S, at most block_size; length + T must not exceed it.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, max_len: int,
+                 device: torch.device | None = None, dtype: torch.dtype | None = None):
+        shape = (batch_size, config.n_head, max_len, config.n_embd // config.n_head)  # (B, H, S, D)
+        new = partial(torch.zeros, device=device)
+        self.layers = [(new(shape, dtype=dtype), new(shape, dtype=dtype))  # keys, values
+                       for _ in range(config.n_layer)]
+        self.length = new((), dtype=torch.long)  # number of tokens read
+        self.prev_idx = new((batch_size, 1), dtype=torch.long)  # the last token read, for smear
 
 
 # ----------------------------------------------------------------------------------------- layers
 
 class TokenEmbedding(nn.Embedding):
-    """A vector for each token; with a smear, also a learned share of that of the token before, so
-    that the first block already sees pairs."""
+    """Token embeddings; with `smear`, plus a learned fraction of the previous token's."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config.vocab_size, config.n_embd)
-        self.smear = nn.Parameter(torch.empty(config.n_embd)) if config.smear else None
+        self.smear = nn.Parameter(torch.full((config.n_embd,), 0.5)) if config.smear else None
 
-    def forward(self, idx: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
-        """idx: (B, T); before: (B, 1), the tokens before them, None at the start of a text.
-        Returns (B, T, C)."""
+    def forward(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """idx: (B, T) int64, the tokens after those in the cache. Returns (B, T, C)."""
         x = super().forward(idx)
         if self.smear is None:
             return x
-        left = torch.zeros_like(x[:, :1]) if before is None else super().forward(before)
-        return x + self.smear * torch.cat([left, x[:, :-1]], dim=1)
+        if cache is None:
+            prev = torch.zeros_like(x[:, :1])  # (B, 1, C)
+        else:
+            prev = super().forward(cache.prev_idx) * (cache.length > 0)
+        return x + self.smear * torch.cat([prev, x[:, :-1]], dim=1)
 
 
-class LearnedPositions(nn.Embedding):
-    """A vector for each position, added to that of its token: GPT-2's way."""
+def rotary_emb(positions: torch.Tensor, D: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and signed sines, each (T, D) float32, of rotary positions (arXiv:2104.09864).
 
-    def __init__(self, config: GPTConfig):
-        super().__init__(config.block_size, config.n_embd)
-
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """x: (B, T, C) token vectors; positions: (T,). Returns their sum, and what `turn` takes."""
-        return x + super().forward(positions), None
-
-    def crop(self, block_size: int) -> None:
-        """Keep the first block_size positions. Raises ValueError if there are fewer."""
-        if not 1 <= block_size <= self.num_embeddings:
-            raise ValueError(f"block_size = {block_size}: the model has {self.num_embeddings} "
-                             f"positions, so choose at most as many")
-        self.weight = nn.Parameter(self.weight[:block_size].clone())
-        self.num_embeddings = block_size
-
-    @staticmethod
-    def turn(x: torch.Tensor, rotation: None) -> torch.Tensor:
-        """Queries and keys as they are."""
-        return x
+    positions: (T,) int64.
+    """
+    inv_freq = 10000.0 ** (-2 * torch.arange(D // 2, device=positions.device) / D)
+    angles = positions[:, None] * inv_freq  # (T, D / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
 
 
-class RotaryPositions(nn.Module):
-    """Queries and keys turned by angles that grow with the position, so that their products
-    depend on distances alone (arXiv:2104.09864). Nothing is learned, and no length is the last."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.width = config.n_embd // config.n_head  # D
-
-    def forward(self, x: torch.Tensor, positions: torch.Tensor,
-                ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """x: (B, T, C) token vectors; positions: (T,). Returns x, and what `turn` takes."""
-        pair = torch.arange(self.width // 2, device=x.device)
-        angles = positions[:, None] * 10000.0 ** (-2 * pair / self.width)  # (T, D / 2) float32
-        cos, sin = angles.cos(), angles.sin()
-        return x, (torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1))  # (T, D) each
-
-    def crop(self, block_size: int) -> None:
-        """Any block_size will do."""
-        if block_size < 1:
-            raise ValueError(f"block_size = {block_size}: expected at least 1")
-
-    @staticmethod
-    def turn(x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """x: (B, H, T, D), of which the components i and i + D / 2 are a point of a plane."""
-        cos, sin = rotation
-        return (x * cos + x.roll(x.size(3) // 2, dims=3) * sin).type_as(x)
+def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each pair (a, b) = (x[i], x[i + D / 2]) of a head by the angle of its position, to
+    (a cos - b sin, b cos + a sin); x: (B, H, T, D)."""
+    return (x * cos + x.roll(x.size(3) // 2, dims=3) * sin).type_as(x)
 
 
-POSITIONS = {"learned": LearnedPositions, "rotary": RotaryPositions}
-
-
-class Place(NamedTuple):
-    """Where the tokens of one forward pass stand, the same for every block."""
-
-    positions: torch.Tensor  # (T,) int64
-    rotation: tuple[torch.Tensor, torch.Tensor] | None  # what their positions' `turn` takes
-    seen: torch.Tensor | None  # (1, S) bool, what a single token may read; None: all before it
+def rms_norm(x: torch.Tensor) -> torch.Tensor:
+    """x divided by its root mean square over the last dimension; no parameters."""
+    # In float32, as the default eps is that of the dtype: 0.008 in bfloat16.
+    return F.rms_norm(x.float(), (x.size(-1),)).type_as(x)
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position reads from itself and those before it, in n_head ways at once."""
-
-    attend = staticmethod(kernels.attention)  # tests put attention_by_hand in its place
+    """Causal multi-head self-attention."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.qk_norm = RMSNorm() if config.qk_norm else nn.Identity()
-        self.turn = POSITIONS[config.positions].turn
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = Dropout(config.dropout)
+        self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, place: Place, past: torch.Tensor | None = None,
-                ) -> torch.Tensor:
-        """x: (B, T, C); past: (2, B, H, S, D), keys and values, into which those of x go."""
+    def forward(self, x: torch.Tensor, positions: torch.Tensor,
+                rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+                attn_mask: torch.Tensor | None = None,
+                kv_cache: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """x: (B, T, C); positions: (T,); rotary: cosines and sines of them; attn_mask: (T, S),
+        added to the scores, None for causal; kv_cache: keys and values, (B, H, S, D) each, which
+        are written at positions."""
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         qkv = self.c_attn(x).view(B, T, 3 * H, D).transpose(1, 2)  # (B, 3H, T, D)
-        qk, v = qkv.split([2 * H, H], dim=1)  # (B, 2H, T, D), (B, H, T, D)
-        q, k = self.turn(self.qk_norm(qk), place.rotation).chunk(2, dim=1)  # each (B, H, T, D)
-        if past is not None:
-            k = past[0].index_copy_(2, place.positions, k)  # (B, H, S, D)
-            v = past[1].index_copy_(2, place.positions, v)  # (B, H, S, D)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0, place.seen)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        q, k, v = qkv.chunk(3, dim=1)  # (B, H, T, D) each
+        if self.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        if rotary is not None:
+            q, k = apply_rotary_emb(q, *rotary), apply_rotary_emb(k, *rotary)
+        if kv_cache is not None:
+            k = kv_cache[0].index_copy_(2, positions, k)  # (B, H, S, D)
+            v = kv_cache[1].index_copy_(2, positions, v)  # (B, H, S, D)
+        y = self.attend(q, k, v, attn_mask)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               attn_mask: torch.Tensor | None) -> torch.Tensor:
+        """Scaled dot-product attention; q: (B, H, T, D), k and v: (B, H, S, D). A method, so that
+        another implementation can replace it."""
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, dropout_p=self.dropout if self.training else 0.0,
+            is_causal=attn_mask is None)
 
 
 class MLP(nn.Module):
-    """Each position by itself, through a hidden layer four times as wide."""
+    """Position-wise feed-forward layer, four times as wide inside."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.act = ACTIVATIONS[config.activation]
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = Dropout(config.dropout)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each reading a normalised copy of the stream and adding to it."""
+    """Pre-norm transformer block: attention, then MLP, each added to the residual stream."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -213,79 +220,124 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, place: Place, past: torch.Tensor | None = None,
-                ) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), place, past)
+    def forward(self, x: torch.Tensor, positions: torch.Tensor,
+                rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+                attn_mask: torch.Tensor | None = None,
+                kv_cache: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """x: (B, T, C); the others as in CausalSelfAttention.forward."""
+        x = x + self.attn(self.ln_1(x), positions, rotary, attn_mask, kv_cache)
         return x + self.mlp(self.ln_2(x))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of the logits x @ weight.T, computed a chunk of rows at a time.
+
+    Over 50,304 columns the logits are the largest tensor of a training step. Here the gradients of
+    a chunk are computed right after its loss, and its logits are freed before the next chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                dtype: torch.dtype) -> torch.Tensor:
+        """x: (N, C); weight: (V, C); targets: (N,) int64, -1 is ignored; dtype: of the products,
+        float32 or bfloat16 (float16 gradients would underflow). Returns a float32 scalar."""
+        # An eighth of the rows, but at least 64 MB of float32 logits.
+        chunk_size = max(len(x) // 8, 2**24 // len(weight))
+        loss = torch.zeros((), device=x.device)
+        x_grad, weight_grad = torch.empty_like(x), torch.zeros_like(weight)
+        w = weight.to(dtype)
+        for x_chunk, x_grad_chunk, target in zip(
+                x.split(chunk_size), x_grad.split(chunk_size), targets.split(chunk_size),
+                strict=True):
+            x_chunk, target = x_chunk.to(dtype), target.unsqueeze(1)  # (n, C), (n, 1)
+            ignored, target = target < 0, target.clamp(min=0)  # (n, 1)
+            log_probs = (x_chunk @ w.t()).float().log_softmax(dim=-1)  # (n, V)
+            loss -= log_probs.gather(1, target).masked_fill(ignored, 0.0).sum()
+            # The gradient of the logits, softmax - one_hot(target), in the memory of log_probs.
+            grad = log_probs.exp_()
+            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
+            grad = grad.masked_fill_(ignored, 0.0).to(dtype)
+            x_grad_chunk.copy_(grad @ w)
+            weight_grad += grad.t() @ x_chunk
+        n_targets = (targets >= 0).sum()
+        ctx.save_for_backward(x_grad, weight_grad, n_targets)
+        return loss / n_targets
+
+    @staticmethod
+    def backward(ctx, loss_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_grad, weight_grad, n_targets = ctx.saved_tensors
+        scale = loss_grad / n_targets
+        return x_grad.mul_(scale), weight_grad.mul_(scale), None, None
 
 
 # ------------------------------------------------------------------------------------------ model
 
 class GPT(nn.Module):
-    """A decoder-only transformer: GPT-2, to the letter, under the default settings."""
+    """A decoder-only transformer language model."""
 
-    compiled_decode: Callable | None = None  # set by `compile_decode`
+    compiled_forward: Callable | None = None  # set by compile_decode
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict({
-            "wte": TokenEmbedding(config),
-            "wpe": POSITIONS[config.positions](config),
-            "drop": Dropout(config.dropout),
+        layers = {"wte": TokenEmbedding(config)}
+        if config.positions == "learned":
+            layers["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer = nn.ModuleDict(layers | {
+            "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
         })
-        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tie_weights:  # one matrix reads and writes ids
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                # Each of the 2 * n_layer residual additions widens the stream's variance, so
-                # those that feed it start smaller (GPT-2 report, section 2.3).
-                shrink = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(p, std=0.02 / shrink)
+                # Each block adds to the residual stream twice; smaller weights in these
+                # projections keep its variance independent of the depth (GPT-2 report, 2.3).
+                scale = math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1
+                nn.init.normal_(p, std=0.02 / scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif name.endswith("smear"):
-                nn.init.constant_(p, 0.5)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
-                past: torch.Tensor | None = None, start: int | torch.Tensor = 0,
-                before: torch.Tensor | None = None, loss_only: bool = False,
+                cache: KVCache | None = None, loss_only: bool = False,
                 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Logits of the next token, and the mean cross entropy when targets are given.
+        """Next-token logits and, with targets, their mean cross entropy.
 
-        idx: (B, T) int64 token ids, at positions start .. start + T.
-        targets: (B, T) int64, the token after each of idx; -1 where there is nothing to predict.
-        past: (n_layer, 2, B, H, S_max, D), the keys and values of the positions before start;
-            those of idx are written into it. A start that is a tensor, (), with T = 1, leaves all
-            shapes alike from token to token, as compiled code wants it.
-        before: (B, 1) int64, the tokens at start - 1; None at start 0.
-        loss_only: leave the logits out, which takes far less memory in training.
-        Returns (logits, loss): (B, T, V), or None if loss_only, and a scalar with targets; without
-            them, the logits of the last position alone, (B, 1, V), and None.
-        Raises ValueError if the sequence is longer than block_size.
+        idx: (B, T) int64 token ids.
+        targets: (B, T) int64, the token after each of idx; -1 is ignored in the loss.
+        cache: idx continues the tokens in it, and is appended to it.
+        loss_only: return no logits, which saves most of the memory in training.
+        Returns (logits, loss): with targets (B, T, V), or None if loss_only, and a scalar; without
+            targets (B, 1, V), the logits of the last position, and None.
+        Raises ValueError if idx is longer than block_size.
         """
-        T, seen = idx.size(1), None
-        positions = torch.arange(T, device=idx.device) + start  # (T,)
-        if isinstance(start, torch.Tensor):
-            seen = torch.arange(past.size(-2), device=idx.device)[None] <= positions  # (1, S)
-        elif start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit block_size = "
-                             f"{self.config.block_size}: crop the input")
-        elif past is not None:
-            past = past[..., :start + T, :]
-        x, rotation = self.transformer.wpe(self.transformer.wte(idx, before), positions)
+        config, T, device = self.config, idx.size(1), idx.device
+        if config.block_size < T:
+            raise ValueError(f"a sequence of {T} tokens is longer than block_size = "
+                             f"{config.block_size}: crop it")
+        x = self.transformer.wte(idx, cache)  # (B, T, C)
+        positions, rotary, attn_mask = torch.arange(T, device=device), None, None  # (T,)
+        if cache is not None:
+            positions = positions + cache.length
+            S = cache.layers[0][0].size(2)
+            attn_mask = torch.zeros(T, S, dtype=autocast_dtype(x), device=device).masked_fill(
+                torch.arange(S, device=device) > positions[:, None], -torch.inf)
+        if config.positions == "learned":
+            x = x + self.transformer.wpe(positions)
+        else:
+            rotary = rotary_emb(positions, config.n_embd // config.n_head)
         x = self.transformer.drop(x)
-        place = Place(positions, rotation, seen)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, place, None if past is None else past[i])
+            x = block(x, positions, rotary, attn_mask, None if cache is None else cache.layers[i])
         x = self.transformer.ln_f(x)
+        if cache is not None:
+            cache.length += T
+            cache.prev_idx.copy_(idx[:, -1:])
         if targets is None:
-            return self.lm_head(x[:, -1:]), None  # (B, 1, V)
-        device = idx.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            return self.lm_head(x[:, -1:]), None
+        dtype = autocast_dtype(x)
         if loss_only and dtype != torch.float16:
             return None, LinearCrossEntropy.apply(
                 x.flatten(0, 1), self.lm_head.weight, targets.flatten(), dtype)
@@ -293,78 +345,76 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return None if loss_only else logits, loss
 
-    # ---------------------------------------------------------------------------------- sampling
+    # --------------------------------------------------------------------------------- generation
 
-    def decode(self, pair: torch.Tensor, past: torch.Tensor, position: torch.Tensor,
-               ) -> torch.Tensor:
-        """Logits, (B, 1, V), after one more token, the second of a pair, (B, 2), at position, ();
-        past as in forward."""
-        return self(pair[:, 1:], past=past, start=position, before=pair[:, :1])[0]
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, *args: object, **kwargs: object,
+                 ) -> torch.Tensor:
+        """The prompts with their continuations, (B, T + max_new_tokens) int64.
 
-    def compile_decode(self) -> None:
-        """Have `stream` compile what it does for each token, once for each number of sequences;
-        on a GPU, into a CUDA graph."""
-        self.compiled_decode = torch.compile(self.decode, mode="reduce-overhead", dynamic=False)
+        Takes the arguments of `stream`. Rows that stopped are filled up with the stop token.
+        """
+        steps = list(self.stream(idx, max_new_tokens, *args, **kwargs))
+        steps += steps[-1:] * (max_new_tokens - len(steps))
+        return torch.stack([*idx.t(), *steps], dim=1)
 
     @torch.no_grad()
     def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
                top_k: int | None = None, top_p: float | None = None,
                repetition_penalty: float = 1.0, stop: int | None = None,
                n_vocab: int | None = None) -> Iterator[torch.Tensor]:
-        """Continue the sequences of idx, yielding each step's tokens, (B,) int64, as they come.
+        """Sample continuations of idx, yielding one token per row, (B,) int64, at a time.
 
-        idx: (B, T) int64, T >= 1, of any length: past block_size, the model goes on from the
-            last half of its context.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw from exactly the k likeliest tokens.
-        top_p: draw from the fewest tokens whose probabilities sum to p (arXiv:1904.09751).
-        repetition_penalty: weakens tokens that have occurred; 1 is none (arXiv:1909.05858).
-        stop: a row that draws this id repeats it; ends when all rows have.
-        n_vocab: ids from here on are never drawn (the padding of the vocabulary).
-        Call `eval()` first. Raises ValueError for settings out of range.
+        idx: (B, T) int64 prompts of any length T >= 1. When block_size tokens have been read,
+            the last half of them becomes the new context.
+        temperature: divides the logits; 0 is greedy decoding.
+        top_k: sample from the k most likely tokens; None: from all.
+        top_p: sample from the fewest most likely tokens with a total probability of at least p
+            (nucleus sampling, arXiv:1904.09751); None: from all.
+        repetition_penalty: above 1, lowers the logits of tokens that occurred (arXiv:1909.05858).
+        stop: a token id that ends a row, which then repeats it; iteration ends with the last row.
+        n_vocab: sample only ids below this, those that the tokenizer has.
+        Call `eval()` first. Raises ValueError for arguments out of range.
         """
-        c, V, block_size = self.config, self.config.vocab_size, self.config.block_size
+        V, block_size = self.config.vocab_size, self.config.block_size
         n_vocab = n_vocab or V
-        for ok, what in (
+        for ok, message in (
             (idx.dim() == 2 and idx.size(1) > 0, "the prompt is empty: expected at least 1 token"),
             (max_new_tokens >= 0, f"max_new_tokens = {max_new_tokens}: expected 0 or more"),
             (temperature >= 0, f"temperature = {temperature}: expected 0 or more"),
             (top_k is None or top_k > 0, f"top_k = {top_k}: expected at least 1, or None"),
             (top_p is None or 0 < top_p <= 1, f"top_p = {top_p}: expected 0 < top_p <= 1, or None"),
             (repetition_penalty > 0, f"repetition_penalty = {repetition_penalty}: expected > 0"),
-            (n_vocab <= V, f"the tokenizer's {n_vocab} ids do not fit the model's {V}"),
+            (n_vocab <= V, f"the tokenizer has {n_vocab} ids, but the model's vocabulary {V}"),
             (stop is None or 0 <= stop < n_vocab, f"stop = {stop}: expected an id below {n_vocab}"),
         ):
             if not ok:
-                raise ValueError(what)
+                raise ValueError(message)
 
         B, T = idx.shape
-        device = idx.device
-        dtype = (torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type)
-                 else self.lm_head.weight.dtype)
-        S = block_size if self.compiled_decode else min(T + max_new_tokens, block_size)
-        past = torch.zeros(c.n_layer, 2, B, c.n_head, S, c.n_embd // c.n_head, dtype=dtype,
-                           device=device)
-        if self.compiled_decode:
-            torch._dynamo.mark_static_address(past)  # a CUDA graph writes to fixed places only
-        held = 0  # positions in past
-        tokens = F.pad(idx, (0, max_new_tokens))  # (B, T + n), filled in as tokens come
-        stopped = torch.zeros(B, dtype=torch.bool, device=device)
-        unread = max(0, T - block_size)  # the first token that is not in past
+        max_len = block_size if self.compiled_forward else min(T + max_new_tokens, block_size)
+        cache = KVCache(self.config, B, max_len, idx.device, autocast_dtype(self.lm_head.weight))
+        if self.compiled_forward:  # CUDA graphs read and write fixed addresses
+            for tensor in (cache.length, cache.prev_idx, *sum(cache.layers, ())):
+                torch._dynamo.mark_static_address(tensor)
+        cache_len = 0  # cache.length, which it would take a synchronization to read
+        start = max(0, T - block_size)  # position of the first token that is not in the cache
+        tokens = F.pad(idx, (0, max_new_tokens))  # (B, T + max_new_tokens), filled in below
+        stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
         for end in range(T, T + max_new_tokens):
-            if held == block_size:
-                held, unread = 0, end - max(1, block_size // 2)
-            if self.compiled_decode and held and unread == end - 1:
-                pair = tokens[:, end - 2:end].clone(memory_format=torch.contiguous_format)
-                logits = self.compiled_decode(pair, past, torch.full((), held, device=device))
-            else:
-                before = tokens[:, unread - 1:unread] if held else None
-                logits, _ = self(tokens[:, unread:end], past=past, start=held, before=before)
-            held, unread = held + end - unread, end
+            if cache_len == block_size:  # full: start again from the last half of the context
+                cache.length.zero_()
+                cache_len, start = 0, end - max(1, block_size // 2)
+            # Contiguous, as compiled code is specialized on strides.
+            new_idx = tokens[:, start:end].clone(memory_format=torch.contiguous_format)
+            is_single = end - start == 1
+            forward = self.compiled_forward if self.compiled_forward and is_single else self
+            logits, _ = forward(new_idx, cache=cache)  # (B, 1, V)
+            cache_len += end - start
+            start = end
             logits = logits[:, -1].float()  # (B, V)
             if repetition_penalty != 1:
-                logits = kernels.penalize_repeats(logits, tokens[:, :end], repetition_penalty)
-            token = kernels.draw(logits[:, :n_vocab], temperature, top_k, top_p)  # (B,)
+                logits = apply_repetition_penalty(logits, tokens[:, :end], repetition_penalty)
+            token = sample_token(logits[:, :n_vocab], temperature, top_k, top_p)  # (B,)
             if stop is not None:
                 token = token.masked_fill(stopped, stop)
                 stopped |= token == stop
@@ -373,83 +423,259 @@ class GPT(nn.Module):
             if stop is not None and stopped.all():
                 return
 
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, top_p: float | None = None,
-                 repetition_penalty: float = 1.0, stop: int | None = None,
-                 n_vocab: int | None = None) -> torch.Tensor:
-        """The prompts with their continuations, (B, T + max_new_tokens) int64; see `stream`.
+    def compile_decode(self) -> None:
+        """Compile the forward pass of a single token, on a GPU into a CUDA graph, for `stream`."""
+        self.compiled_forward = torch.compile(
+            self.forward, mode="reduce-overhead", dynamic=False)
 
-        Rows that end early are filled up with `stop`.
-        """
-        steps = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p,
-                                 repetition_penalty, stop, n_vocab))
-        tokens = torch.cat([idx, *(step[:, None] for step in steps)], dim=1)  # (B, T + steps)
-        return F.pad(tokens, (0, max_new_tokens - len(steps)), value=stop or 0)
-
-    # ----------------------------------------------------------------------- size, optimizer, FLOPs
-
-    def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters; by default without the embeddings that no matrix product reads:
-        those of positions, and of tokens where the head has weights of its own."""
-        n = sum(p.numel() for p in self.parameters())
-        if non_embedding:
-            n -= sum(p.numel() for p in self.transformer.wpe.parameters())
-            if not self.config.tie_weights:
-                n -= self.transformer.wte.weight.numel()
-        return n
-
-    def crop_block_size(self, block_size: int) -> None:
-        """Shorten the context; with rotary positions it may also grow.
-
-        Raises ValueError if learned positions would have to.
-        """
-        self.transformer.wpe.crop(block_size)
-        self.config.block_size = block_size
+    # ---------------------------------------------------------------------------- optimizer, size
 
     def configure_optimizers(
             self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
-            optimizer: str = "adamw", **options: float | torch.dtype | None) -> torch.optim.AdamW:
-        """Fused AdamW, or Muon for the matrices of the blocks and AdamW for the rest; weight decay
-        on matrices and embeddings, none on biases and norms. options: `make_optimizer`'s."""
-        return make_optimizer(self.named_parameters(), weight_decay, learning_rate, betas,
-                              optimizer, **options)
+            device_type: str | None = None, embedding_lr: float | None = None,
+            head_lr: float | None = None) -> torch.optim.AdamW:
+        """Fused AdamW over `param_groups`. device_type is unused; code for nanoGPT passes it."""
+        groups = self.param_groups(weight_decay, learning_rate, embedding_lr, head_lr)
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+    def param_groups(self, weight_decay: float, learning_rate: float,
+                     embedding_lr: float | None = None, head_lr: float | None = None) -> list[dict]:
+        """Two parameter groups: matrices and embeddings with weight decay, vectors without.
+
+        embedding_lr, head_lr: learning rates of their own, and so groups of their own, for the
+            embeddings (wte, wpe) and an untied lm_head; None: learning_rate.
+        Each group has `lr_ratio`, its rate over learning_rate, for a schedule to multiply with.
+        """
+        groups: dict[str, dict] = {}
+        for name, p in self.named_parameters():  # a tied weight is listed once, as wte
+            if not p.requires_grad:
+                continue
+            kind, lr, decay = "matrices", learning_rate, weight_decay
+            if p.dim() < 2:
+                kind, decay = "vectors", 0.0
+            elif name.startswith("lm_head.") and head_lr is not None:
+                kind, lr = "head", head_lr
+            elif name.startswith("transformer.w") and embedding_lr is not None:
+                kind, lr = "embeddings", embedding_lr
+            ratio = lr / learning_rate if learning_rate else 1.0
+            group = groups.setdefault(kind, {"params": [], "lr": lr, "weight_decay": decay,
+                                             "lr_ratio": ratio})
+            group["params"].append((name, p))
+        return list(groups.values())
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters; by default without embeddings that are only looked up: wpe, and
+        wte where lm_head has a weight of its own."""
+        n = sum(p.numel() for p in self.parameters())
+        if non_embedding and self.config.positions == "learned":
+            n -= self.transformer.wpe.weight.numel()
+        if non_embedding and not self.config.tie_weights:
+            n -= self.transformer.wte.weight.numel()
+        return n
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Change block_size; ValueError if learned positions would have to grow."""
+        is_learned = self.config.positions == "learned"
+        if block_size < 1 or (is_learned and block_size > self.config.block_size):
+            raise ValueError(f"block_size = {block_size}: the model has {self.config.block_size} "
+                             f"positions, so choose at least 1 and at most as many")
+        if is_learned:
+            wpe = self.transformer.wpe
+            wpe.weight = nn.Parameter(wpe.weight[:block_size].clone())
+            wpe.num_embeddings = block_size
+        self.config.block_size = block_size
 
     def flops_per_token(self) -> int:
-        """Model FLOPs of training on one token of a full block, a multiply-add counted as two.
+        """FLOPs of training on one token of a full block, a multiply-add counted as two.
 
-        Every matrix weight is used once forward and twice backward; so are the attention scores
-        and their use, counted over the whole block as is customary (arXiv:2204.02311, app. B).
+        Each matrix takes one product in the forward and two in the backward pass; so do scores and
+        values in attention, over the whole block as is customary (arXiv:2204.02311, appendix B).
         """
         c = self.config
         matrices = sum(p.numel() for p in self.transformer.h.parameters() if p.dim() == 2)
         matrices += self.lm_head.weight.numel()
         return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
 
-    def estimate_mfu(self, fwdbwd_per_iter: int, dt: float, peak_flops: float | None,
+    def estimate_mfu(self, fwdbwd_per_iter: int, dt: float, peak_flops: float | None = 312e12,
                      ) -> float | None:
-        """Fraction of `peak_flops` (per second) reached by `fwdbwd_per_iter` full blocks in `dt`
-        seconds of training on one device; None where the peak is not known."""
+        """Model FLOPs utilization: the fraction of peak_flops (FLOP/s, by default an A100's in
+        bfloat16) that `fwdbwd_per_iter` blocks in `dt` seconds reach; None if it is None."""
         tokens = fwdbwd_per_iter * self.config.block_size
         return self.flops_per_token() * tokens / dt / peak_flops if peak_flops else None
 
-    # --------------------------------------------------------------------------------- weights
+    # ------------------------------------------------------------------------------------ weights
 
-    def load_weights(self, state: dict[str, torch.Tensor], source: str) -> None:
-        """Copy parameters by name. Raises ValueError naming the missing, unknown, misshapen and
-        broken tensors of `source`; then nothing was copied."""
-        self.load_state_dict(weights.checked_weights(
-            state, self.state_dict(), self.config.tie_weights, source))
+    def load_weights(self, state: dict[str, torch.Tensor], source: object) -> None:
+        """load_state_dict with one sentence for an error: ValueError names the tensors of `source`
+        that are missing, unexpected, of another shape, not plain floating point or not finite."""
+        state = {str(name).removeprefix("_orig_mod."): t for name, t in state.items()
+                 if not str(name).endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
+        floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        odd = [name for name, t in state.items() if not (
+            isinstance(t, torch.Tensor) and t.layout == torch.strided and t.dtype in floats
+            and not t.is_meta and t.isfinite().all())]
+        if odd:
+            raise ValueError(f"{source}: expected finite numbers in plain floating-point tensors, "
+                             f"but not so in {', '.join(odd[:3])} ({len(odd)} in all)")
+        wte, head = (state.get(f"{name}.weight") for name in ("transformer.wte", "lm_head"))
+        if self.config.tie_weights and wte is not None:
+            if head is not None and not torch.equal(head, wte):
+                raise ValueError(f"{source}: lm_head.weight differs from transformer.wte.weight, "
+                                 f"but this model ties them")
+            state["lm_head.weight"] = wte
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            mismatches = " ".join(str(error).split()).partition(": ")[2]
+            raise ValueError(f"{source} does not fit the model: {mismatches:.400}") from None
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, dropout: float = 0.0) -> "GPT":
-        """GPT-2 weights in Hugging Face's format; the shape is read from their config.json.
+    def from_checkpoint(cls, checkpoint: dict, override_args: dict | None = None,
+                        source: object = "the checkpoint") -> "GPT":
+        """The model in a checkpoint of train.py, or of another minimal GPT trainer.
 
-        name_or_path: gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, any hub repository of
-            a GPT-2, or a local folder with config.json and model.safetensors or
-            pytorch_model.bin, whole or in shards.
-        Raises ValueError if they cannot be had, or are not a GPT-2 of this form.
+        checkpoint: a dict with `model_args` and `model`. override_args: {"dropout": ...}.
+        Raises ValueError, naming the source, if it holds no model.
         """
-        shape, state = weights.read_pretrained(name_or_path)
-        model = cls(GPTConfig(**shape, dropout=dropout, bias=True))
+        try:
+            args, state = checkpoint["model_args"] | (override_args or {}), checkpoint["model"]
+            model = cls(GPTConfig.from_model_args(args))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{source} holds no model: {error}") from None
+        model.load_weights(state, source)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, override_args: dict | None = None) -> "GPT":
+        """A trained model: a run of train.py, or a GPT-2 in Hugging Face's format.
+
+        name_or_path: a checkpoint file; a run's out_dir (best.pt, or else ckpt.pt); a folder with
+            config.json and model.safetensors or pytorch_model.bin, whole or in shards; gpt2,
+            gpt2-medium, gpt2-large, gpt2-xl, distilgpt2; or owner/name of a GPT-2 on the hub.
+        override_args: {"dropout": ...}.
+        Raises ValueError if it cannot be loaded, or is not a GPT-2.
+        """
+        if set(override_args or {}) - {"dropout"}:
+            raise ValueError(f"override_args = {override_args}: expected dropout alone")
+        path = Path(name_or_path)
+        for file in (path / "best.pt", path / "ckpt.pt", path):
+            if file.is_file():
+                return cls.from_checkpoint(read_file(file), override_args, source=file)
+        model_args, state = read_hugging_face(name_or_path)
+        model = cls(GPTConfig(**model_args | (override_args or {})))
         model.load_weights(state, source=name_or_path)
         return model
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of matrix products with x: autocast's where that is enabled, else x's own."""
+    device_type = x.device.type
+    return (torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type)
+            else x.dtype)
+
+
+# --------------------------------------------------------------------------------------- sampling
+
+def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, penalty: float,
+                             ) -> torch.Tensor:
+    """Lower the logits, (B, V), of the ids that occur in idx, (B, T) (arXiv:1909.05858)."""
+    score = logits.gather(1, idx)  # (B, T)
+    return logits.scatter(1, idx, torch.where(score > 0, score / penalty, score * penalty))
+
+
+def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None) -> torch.Tensor:
+    """Sample one id per row, (B,) int64, from logits (B, V); arguments as in `GPT.stream`."""
+    if temperature < 1e-6:
+        return logits.argmax(dim=-1)
+    ids, V = None, logits.size(1)
+    if top_p == 1:
+        top_p = None
+    if top_k is not None or top_p is not None:
+        logits, ids = logits.topk(min(top_k or V, V))  # (B, K), in descending order
+    probs = (logits / temperature).softmax(dim=-1)
+    if top_p is not None:
+        # Keep a token while the mass before it is < p, so the mass from it on is > 1 - p, which is
+        # summed from the small end for accuracy. The most likely token is always kept.
+        mass_from = probs.flip(1).cumsum(dim=1).flip(1)
+        mass_from[:, 0] = 2.0  # 1 - p rounds to 1 if p is tiny
+        probs = probs.masked_fill(mass_from <= 1 - top_p, 0)
+    sampled = torch.multinomial(probs, 1)  # (B, 1)
+    return (sampled if ids is None else ids.gather(1, sampled)).squeeze(1)
+
+
+# ------------------------------------------------------------------------------ reading files
+
+def read_file(file: Path) -> dict:
+    """The contents of a .json, .safetensors, .bin or .pt file, with tensors on the CPU and without
+    running code from it. Raises ValueError if it cannot be read or is damaged."""
+    try:
+        if file.suffix == ".json":
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(file)
+        is_zip = zipfile.is_zipfile(file)
+        if is_zip:  # torch does not compare the checksums
+            with zipfile.ZipFile(file) as archive:
+                if archive.testzip():
+                    raise ValueError("a checksum differs")
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (ModuleNotFoundError, MemoryError):
+        raise
+    except Exception as error:  # the libraries raise exceptions of many classes
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"cannot read {file}: it is damaged, or holds more than plain data "
+                         f"({reason:.100})") from None
+
+
+def read_hugging_face(name_or_path: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """GPTConfig arguments and state dict of a GPT-2 in Hugging Face's format.
+
+    Raises ValueError if it cannot be read, or is another architecture.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        folder = download_from_hub(HF_REPOSITORIES.get(name_or_path, name_or_path))
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files or not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no pretrained model: expected config.json, and "
+                         f"model.safetensors or pytorch_model.bin, whole or in shards")
+    sizes = {"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer",
+             "n_head": "n_head", "n_embd": "n_embd"}
+    activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
+                   "relu": "relu"}
+    # What model.py computes, whatever config.json may say; it may leave these out.
+    fixed = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+             "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+    hf = fixed | {"activation_function": "gelu_new"} | read_file(folder / "config.json")
+    activation = activations.get(str(hf["activation_function"]))
+    wrong = [key for key in fixed if hf[key] != fixed[key]]
+    wrong += [key for key in sizes if type(hf.get(key)) is not int]
+    wrong += [] if activation else ["activation_function"]
+    if wrong:
+        raise ValueError(f"{name_or_path} is not a GPT-2 of this form: its config.json has "
+                         + ", ".join(f"{key} = {hf.get(key)!r}" for key in wrong))
+    state = {}
+    for file in files:
+        for name, tensor in read_file(file).items():
+            if name.endswith(("attn.c_attn.weight", "c_proj.weight", "mlp.c_fc.weight")):
+                tensor = tensor.t()  # GPT-2's Conv1D stores (in, out), nn.Linear (out, in)
+            prefixed = name.startswith(("transformer.", "lm_head."))
+            state[name if prefixed else f"transformer.{name}"] = tensor
+    return {sizes[key]: hf[key] for key in sizes} | {"activation": activation}, state
+
+
+def download_from_hub(repository: str) -> Path:
+    """The folder of a model on the Hugging Face hub, downloaded unless it is in the cache."""
+    from huggingface_hub import snapshot_download
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):  # the second if there is no first
+        try:
+            folder = Path(snapshot_download(repository, allow_patterns=["config.json", weights]))
+        except Exception as error:  # of many classes: an unknown name, no network
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{repository!r} is neither a local file or folder, nor could it be "
+                             f"downloaded from the Hugging Face hub ({reason})") from None
+        if any(folder.glob(weights)):
+            break
+    return folder

@@ -7,5 +7,5 @@
 
 init_from = "gpt2-medium"
 eval_only = True
-eval_iters = 500  # more batches than in training: a closer figure
+eval_iters = 500  # more batches than in training, for a more exact loss
 batch_size = 8

@@ -1,11 +1,10 @@
-# Tiny Shakespeare by characters, to the loss of the usual 10M-parameter model, on a CPU.
+# Character-level Tiny Shakespeare on a CPU, to the loss of the usual model of 10M parameters.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/fast_shakespeare_char.py
 #   python sample.py --out_dir=out-fast-shakespeare-char
 #
-# Hardware: 2 cores of a 2.8 GHz Xeon, float32. Duration: 36 minutes, of which it stood still for 11
-# (tests had the machine): about 1 second a step.
+# Hardware: 2 cores of an AMD EPYC with AVX512-BF16, bfloat16. Duration: 13 minutes.
 # Result: validation loss 1.469 (the whole split). train_shakespeare_char.py is published with
 # 1.4697, after about 3 minutes on an A100.
 
@@ -31,7 +30,7 @@ tie_weights = False
 optimizer = "muon"
 learning_rate = 4e-3
 schedule = "linear"
-decay_fraction = 0.8
+cooldown_frac = 0.8
 warmup_iters = 0
 max_iters = 1000
 lr_decay_iters = 1000

@@ -1,4 +1,4 @@
-# Tiny Shakespeare by characters on a laptop's CPU, by the modern recipe.
+# Character-level Tiny Shakespeare on a laptop's CPU, by the modern recipe.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/fast_shakespeare_char_cpu.py
@@ -11,7 +11,7 @@
 
 out_dir = "out-fast-shakespeare-char-cpu"
 dataset = "shakespeare_char"
-eval_interval = 0  # at the end alone
+eval_interval = 0  # only at the end
 eval_iters = 0
 log_interval = 10
 gradient_accumulation_steps = 1
@@ -30,10 +30,10 @@ tie_weights = False
 
 optimizer = "muon"
 muon_lr = 0.025
-muon_momentum = 0.85  # so few steps: remember fewer
+muon_momentum = 0.85  # a run of few steps: average over fewer gradients
 learning_rate = 1.2e-2
 schedule = "linear"
-decay_fraction = 0.7
+cooldown_frac = 0.7
 warmup_iters = 0
 max_iters = 100
 lr_decay_iters = 100

@@ -1,4 +1,4 @@
-# The demo: a character model of Python's own standard library, which every machine has.
+# The demo: a character-level model of Python's standard library, by the modern recipe.
 #
 #   python data/stdlib_char/prepare.py
 #   python train.py config/fast_stdlib_char.py
@@ -6,11 +6,11 @@
 #
 # Hardware: 2 cores of a 2.8 GHz Xeon, float32. Duration: 60 seconds.
 # Result: validation loss 1.366 (the whole split, --eval_iters=0), with the library of Python
-# 3.11.7; train_stdlib_char.py comes to 1.61 in the same minute.
+# 3.11.7; train_stdlib_char.py reaches 1.61 in 75 seconds.
 
 out_dir = "out-fast-stdlib-char"
 dataset = "stdlib_char"
-eval_interval = 0  # at the end alone
+eval_interval = 0  # only at the end
 eval_iters = 20
 log_interval = 25
 
@@ -32,7 +32,7 @@ optimizer = "muon"
 muon_momentum = 0.9
 learning_rate = 8e-3
 schedule = "linear"
-decay_fraction = 0.7
+cooldown_frac = 0.7
 warmup_iters = 0
 max_iters = 250
 lr_decay_iters = 250

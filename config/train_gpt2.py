@@ -11,12 +11,12 @@ wandb_log = False
 wandb_project = "owt"
 wandb_run_name = "gpt2-124M"
 
-# 480 sequences, or 491,520 tokens, a step: 12 at a time on each of 8 GPUs, 5 times
+# 480 sequences, or 491,520 tokens, per step: 12 at a time on each of 8 GPUs, 5 times
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
 
-max_iters = 600000  # 33 passes over the 9B tokens
+max_iters = 600000  # 33 epochs of 9B tokens
 lr_decay_iters = 600000
 
 eval_interval = 1000

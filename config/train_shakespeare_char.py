@@ -1,4 +1,4 @@
-# Tiny Shakespeare by characters, at the size that overfits it: stop at the lowest validation loss.
+# Character-level Tiny Shakespeare with a model that overfits: best.pt has the lowest loss.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char.py
@@ -11,7 +11,7 @@ out_dir = "out-shakespeare-char"
 eval_interval = 250
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # best.pt is the one to keep
+always_save_checkpoint = False  # only best.pt is needed
 wandb_project = "shakespeare-char"
 wandb_run_name = "6x384"
 
@@ -29,5 +29,5 @@ learning_rate = 1e-3
 max_iters = 5000
 lr_decay_iters = 5000
 min_lr = 1e-4
-beta2 = 0.99  # few tokens a step: average over more steps
+beta2 = 0.99  # few tokens per step: average over more steps
 warmup_iters = 100

@@ -1,4 +1,4 @@
-# Tiny Shakespeare by characters, at a size for a laptop's CPU.
+# Character-level Tiny Shakespeare at a size for a laptop's CPU.
 #
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char_cpu.py
@@ -24,7 +24,7 @@ learning_rate = 1e-3
 max_iters = 2000
 lr_decay_iters = 2000
 min_lr = 1e-4
-beta2 = 0.99  # few tokens a step: average over more steps
+beta2 = 0.99  # few tokens per step: average over more steps
 warmup_iters = 100
 
 device = "cpu"

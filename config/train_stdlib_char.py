@@ -1,4 +1,4 @@
-# The demo: a character model of Python's own standard library, which every machine has.
+# A character-level model of Python's standard library, which needs no download.
 #
 #   python data/stdlib_char/prepare.py
 #   python train.py config/train_stdlib_char.py
@@ -6,7 +6,7 @@
 #
 # Hardware: 2 cores of a 2.8 GHz Xeon. Duration: 75 seconds.
 # Result: validation loss 1.58 (20 batches), 1.61 (the whole split, --eval_iters=0), with the
-# library of Python 3.11.7; another Python's differs a little.
+# library of Python 3.11.7; that of another version differs a little.
 
 out_dir = "out-stdlib-char"
 dataset = "stdlib_char"
@@ -26,7 +26,7 @@ learning_rate = 3e-3
 max_iters = 1500
 lr_decay_iters = 1500
 min_lr = 3e-4
-beta2 = 0.99  # few tokens a step: average over more steps
+beta2 = 0.99  # few tokens per step: average over more steps
 warmup_iters = 100
 
 device = "cpu"

@@ -1,1 +1,1 @@
-"""Datasets, one folder each, and the code that they share: documents, token files, tokenizers."""
+"""Datasets, one folder each, and their shared code: token files, documents, tokenizers."""

@@ -1,7 +1,7 @@
-"""Token files: raw uint16 ids, little-endian, no header; written whole, read through a memory map.
+"""Token files: raw uint16 ids, little-endian, no header; written atomically, memory-mapped to read.
 
-A batch is a pure function of the seed, the iteration and the file: nothing has to be saved to
-continue a run, and every process can draw the same one.
+A batch is a pure function of the seed, the iteration and the file, so that resuming needs no
+state of a random number generator, and all processes can draw the same batch.
 """
 
 import os
@@ -19,21 +19,21 @@ from data.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
 DTYPE = np.dtype("<u2")
-IGNORE = -1  # a target where there is nothing to predict
-SCANNED = 2**26  # tokens of a longer file that `check_vocabulary` looks at
+IGNORE = -1  # a target that the loss ignores
+MAX_CHECKED = 2**26  # number of tokens that `check_vocabulary` reads
 
 
 def dataset_folder(dataset: str) -> Path:
-    """data/<dataset> beside this file, or any folder given by its absolute path."""
+    """The folder data/<dataset>, or any folder given by its absolute path."""
     return ROOT / "data" / dataset
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name only when the block ends without an error.
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write, renamed to `path` when the block ends without an error.
 
-    On any error, a full disk or Ctrl-C included, what stood at `path` stays and nothing is left
-    beside it. Raises UserError if the disk refuses.
+    On any error, a full disk or Ctrl-C included, the earlier file at `path` is unchanged and the
+    temporary file is removed. Raises UserError if it cannot be written.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -47,13 +47,13 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"cannot write {path}: {error.strerror or error}; "
                         f"what was there before is unchanged") from None
     finally:
-        with suppress(OSError):  # it is not there, or can not be
+        with suppress(OSError):  # already renamed, or never created
             temporary.unlink()
 
 
 def write_bin(path: Path, ids: np.ndarray | list[int]) -> None:
     """Write token ids (each 0 <= id < 65536) as a token file."""
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         _write_ids(file, ids)
 
 
@@ -65,9 +65,9 @@ def _write_ids(file: BinaryIO, ids: np.ndarray | list[int]) -> None:
 
 
 def read_input(path: Path, url: str) -> str:
-    """The text of `path`, downloaded from `url` first if it is not there.
+    """The text in the file `path`, which is downloaded from `url` if it does not exist.
 
-    Raises UserError if it cannot be had, is empty, or is not UTF-8; then no file was written.
+    Raises UserError if that fails, or the text is too short or not UTF-8; no file is written then.
     """
     if not path.exists():
         import requests
@@ -77,18 +77,18 @@ def read_input(path: Path, url: str) -> str:
             response.raise_for_status()
         except requests.RequestException as error:
             raise UserError(f"cannot download {url} ({type(error).__name__}): "
-                            f"save it by hand as {path} and run this again") from None
-        text = _text_of(response.content, f"what {url} sent", f"save a text by hand as {path}")
-        with written_whole(path) as file:
+                            f"download it yourself to {path} and run this again") from None
+        text = _decode_text(response.content, f"the file at {url}", f"put a text in {path}")
+        with atomic_write(path) as file:
             file.write(response.content)
         return text
     try:
-        return _text_of(path.read_bytes(), path, "put a text to learn from there")
+        return _decode_text(path.read_bytes(), path, "put a text to train on there")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _text_of(content: bytes, source: object, remedy: str) -> str:
+def _decode_text(content: bytes, source: object, remedy: str) -> str:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -101,7 +101,7 @@ def _text_of(content: bytes, source: object, remedy: str) -> str:
 def write_text_dataset(folder: Path, text: str, tokenizer: Tokenizer, meta: dict | None = None,
                        ) -> None:
     """Write the first 90 % of a text's characters as train.bin, the rest as val.bin, and `meta`,
-    a character vocabulary, as meta.pkl: all of them or, where the disk refuses one, none."""
+    a character vocabulary, as meta.pkl: all or, if one cannot be written, none."""
     if tokenizer.n_vocab > 2**16:
         raise UserError(f"the text has {tokenizer.n_vocab:,} distinct characters, but token files "
                         f"hold ids below 65,536: use GPT-2's BPE, as data/shakespeare does")
@@ -110,20 +110,20 @@ def write_text_dataset(folder: Path, text: str, tokenizer: Tokenizer, meta: dict
     with ExitStack() as files:
         for name, part in (("train", text[:cut]), ("val", text[cut:])):
             ids = tokenizer.encode(part)
-            _write_ids(files.enter_context(written_whole(folder / f"{name}.bin")), ids)
+            _write_ids(files.enter_context(atomic_write(folder / f"{name}.bin")), ids)
             print(f"{folder / name}.bin: {len(ids):,} tokens")
         if meta:
-            file = files.enter_context(written_whole(folder / "meta.pkl"))
+            file = files.enter_context(atomic_write(folder / "meta.pkl"))
             pickle.dump(meta, file)
             file.flush()
     if not meta:
-        (folder / "meta.pkl").unlink(missing_ok=True)  # of a character dataset that was here
+        (folder / "meta.pkl").unlink(missing_ok=True)  # of an earlier character dataset
 
 
 def open_bin(path: Path, block_size: int) -> np.memmap:
     """Memory-map a token file, (N,) uint16.
 
-    Raises UserError if it is missing, not whole, or too short for one block and its targets.
+    Raises UserError if it is missing, of odd size, or too short for one block and its targets.
     """
     try:
         if not path.is_file():
@@ -141,14 +141,14 @@ def open_bin(path: Path, block_size: int) -> np.memmap:
 
 
 def check_vocabulary(tokens: np.memmap, vocab_size: int) -> None:
-    """Raise UserError if a token file holds ids that a model lacks.
+    """Raise UserError if a token file contains ids outside a model's vocabulary.
 
-    In a file of over 64 Mi tokens, evenly spaced pieces of that size together are looked at;
-    `gather` looks at every batch.
+    Of a file with more than MAX_CHECKED tokens, only as many are read, in evenly spaced pieces;
+    `get_batch` checks every batch.
     """
-    pieces = 64 if len(tokens) > SCANNED else 1
-    length = min(len(tokens), SCANNED) // pieces
-    for start in np.linspace(0, len(tokens) - length, pieces, dtype=np.int64):
+    n_pieces = 64 if len(tokens) > MAX_CHECKED else 1
+    length = min(len(tokens), MAX_CHECKED) // n_pieces
+    for start in np.linspace(0, len(tokens) - length, n_pieces, dtype=np.int64):
         check_ids(tokens[start:start + length], vocab_size, tokens.filename)
 
 
@@ -158,38 +158,38 @@ def check_ids(ids: np.ndarray, vocab_size: int, source: object) -> None:
                         f"{vocab_size}: the data are of another tokenizer")
 
 
-def random_starts(n_tokens: int, block_size: int, count: int, key: tuple[int, ...]) -> np.ndarray:
-    """Where `count` blocks begin, (count,) int64: drawn at random, the same for the same key
-    (whole numbers >= 0, such as (seed, iteration))."""
+def random_offsets(n_tokens: int, block_size: int, count: int, key: tuple[int, ...]) -> np.ndarray:
+    """Random offsets of `count` blocks in a token file, (count,) int64, the same for the same key
+    of integers >= 0, such as (seed, iteration)."""
     return np.random.default_rng(key).integers(0, n_tokens - block_size, size=count)
 
 
-def all_starts(n_tokens: int, block_size: int) -> np.ndarray:
-    """Where blocks begin that cover a file: each token but the first is a target once."""
+def sequential_offsets(n_tokens: int, block_size: int) -> np.ndarray:
+    """Offsets of blocks that cover a file, so that each token but the first is a target once."""
     return np.arange(0, n_tokens - 1, block_size)
 
 
-def gather(tokens: np.ndarray, starts: np.ndarray, block_size: int, vocab_size: int,
-           ) -> tuple[np.ndarray, np.ndarray]:
-    """The blocks at `starts`, (B,): inputs and targets, each (B, T) int64.
+def get_batch(tokens: np.ndarray, offsets: np.ndarray, block_size: int, vocab_size: int,
+              ) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets, each (B, T) int64, of the blocks at offsets, (B,).
 
-    Beyond the end of the file inputs are 0 and targets IGNORE. Raises UserError for ids that the
-    vocabulary lacks.
+    Past the end of the file, inputs are 0 and targets IGNORE. Raises UserError for ids outside
+    the vocabulary.
     """
-    where = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
-    rows = tokens[np.minimum(where, len(tokens) - 1)].astype(np.int64)
-    check_ids(rows, vocab_size, getattr(tokens, "filename", "the data"))
-    inside = where < len(tokens)
-    x = np.where(inside[:, :-1], rows[:, :-1], 0)
-    y = np.where(inside[:, 1:], rows[:, 1:], IGNORE)
+    positions = offsets[:, None] + np.arange(block_size + 1)  # (B, T + 1)
+    ids = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int64)  # (B, T + 1)
+    check_ids(ids, vocab_size, getattr(tokens, "filename", "the data"))
+    in_file = positions < len(tokens)
+    x = np.where(in_file[:, :-1], ids[:, :-1], 0)
+    y = np.where(in_file[:, 1:], ids[:, 1:], IGNORE)
     return x, y
 
 
 def prefetch(items: Iterator[Item]) -> Iterator[Item]:
-    """The items of an endless iterator, each made in a thread while the one before is in use."""
+    """Iterate over an endless iterator, computing each next item ahead in a thread."""
     with ThreadPoolExecutor(max_workers=1) as thread:
-        coming = thread.submit(next, items)
+        future = thread.submit(next, items)
         while True:
-            item = coming.result()
-            coming = thread.submit(next, items)
+            item = future.result()
+            future = thread.submit(next, items)
             yield item

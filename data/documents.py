@@ -1,4 +1,4 @@
-"""Streams of documents, from local files or the Hugging Face hub, of which nothing is kept."""
+"""Streams of documents from local files or the Hugging Face hub, without a copy of the source."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,12 +8,14 @@ from data.tokenizer import END_OF_TEXT
 
 ENDINGS = [".parquet", ".jsonl", ".txt"]
 
-Document = str | bytes  # its text, or the line of JSON that holds it
+Document = str | bytes  # its text, or a line of JSON with a field `text`
 
 
 def local_documents(path: Path) -> Iterator[Document]:
-    """The documents of a file: the rows of .parquet or .jsonl, the parts of .txt between
-    <|endoftext|>. Raises UserError if it cannot be read."""
+    """The documents in a file: rows of .parquet or .jsonl, parts of .txt between <|endoftext|>.
+
+    Raises UserError if it cannot be read.
+    """
     try:
         if path.suffix == ".parquet":
             yield from parquet_documents(path)
@@ -34,7 +36,7 @@ def parquet_documents(path: Path) -> Iterator[Document]:
         raise UserError(f"{path} has no column `text`, only {', '.join(file.schema_arrow.names)}")
     for batch in file.iter_batches(1000, columns=["text"]):
         for text in batch.column("text").to_pylist():
-            # A row without text goes on as bytes that are no JSON, and is refused when encoded.
+            # A row without text is passed on as bytes that are not JSON, which `encode` refuses.
             yield text if isinstance(text, str) else repr(text).encode()
 
 
@@ -50,7 +52,7 @@ def split_at_end_of_text(lines: Iterable[str]) -> Iterator[str]:
 
 
 def measure(path: Path) -> tuple[int, int]:
-    """Number of documents in a file, and about how many bytes of text. Raises UserError."""
+    """Number of documents in a file, and approximate bytes of text. Raises UserError."""
     if path.suffix != ".parquet":
         return sum(1 for _ in local_documents(path)), path.stat().st_size
     import pyarrow.parquet
@@ -65,27 +67,27 @@ def measure(path: Path) -> tuple[int, int]:
 
 
 def hub_dataset(repository: str) -> Iterable[dict]:
-    """A dataset's train split, streamed in the forms that need no script, the first that answers.
+    """A dataset's train split, streamed from the first revision that loads without a script.
 
-    Raises UserError naming all that was tried.
+    Raises UserError naming all revisions that were tried.
     """
     from datasets import load_dataset
     tried = []
     for revision in ("main", "refs/convert/parquet"):
         try:
             return load_dataset(repository, revision=revision, split="train", streaming=True)
-        except Exception as error:  # whatever ails one form, the other may answer
+        except Exception as error:  # whatever it is, the other revision may load
             tried.append(f"{revision} ({type(error).__name__}: {first_line(error)})")
-    raise UserError(f"{repository} did not come from the Hugging Face hub; tried "
-                    f"{' and '.join(tried)}; with the files at hand, give them with --input=")
+    raise UserError(f"{repository} could not be loaded from the Hugging Face hub; tried "
+                    f"{' and '.join(tried)}; if you have the files, give them with --input=")
 
 
 def hub_documents(rows: Iterable[dict]) -> Iterator[Document]:
-    """The documents of a streamed dataset, which itself tries again when the network falters."""
+    """The documents of a streamed dataset, which retries by itself after network errors."""
     try:
         for row in rows:
             yield row["text"]
-    except Exception as error:  # OSError, and the errors of the HTTP client, which are none
+    except Exception as error:  # OSError, or the HTTP client's own classes
         raise UserError(f"the Hugging Face hub stopped answering ({first_line(error)}): "
                         f"nothing was written, run this again") from None
 

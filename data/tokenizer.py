@@ -1,4 +1,4 @@
-"""Text to token ids and back: characters, as listed in a dataset's meta.pkl, or GPT-2's BPE."""
+"""Tokenizers: one id per character, as listed in a dataset's meta.pkl, or GPT-2's BPE."""
 
 import codecs
 import pickle
@@ -17,13 +17,13 @@ class Tokenizer(Protocol):
     n_vocab: int  # ids are below this
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Raises UserError naming what the vocabulary lacks."""
+        """Ids of a text. Raises UserError naming characters that are not in the vocabulary."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids."""
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of ids, in pieces, each as soon as its characters are whole."""
+        """The text of ids in pieces, each as soon as its characters are complete."""
 
 
 class CharTokenizer:
@@ -34,7 +34,7 @@ class CharTokenizer:
 
     @staticmethod
     def meta_of(text: str) -> dict:
-        """The vocabulary of a text: its distinct characters in order."""
+        """The vocabulary of a text: its distinct characters, sorted."""
         chars = sorted(set(text))
         return {"vocab_size": len(chars), "itos": dict(enumerate(chars)),
                 "stoi": {char: i for i, char in enumerate(chars)}}
@@ -55,13 +55,13 @@ class CharTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding, 50,257 ids, by tiktoken. `<|endoftext|>` in a text is its id."""
+    """GPT-2's byte-pair encoding by tiktoken: 50,257 ids, with <|endoftext|> as one token."""
 
     def __init__(self):
         import tiktoken
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:  # no network, a proxy's page instead of the file
+        except (OSError, ValueError) as error:  # no network, or a proxy's page instead of the file
             raise UserError(
                 f"cannot download GPT-2's BPE files ({type(error).__name__}): once, on a machine "
                 f"with a network, run python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\" "
@@ -73,7 +73,7 @@ class GPT2Tokenizer:
         return self.bpe.encode(text, allowed_special={END_OF_TEXT})
 
     def encode_document(self, text: str) -> np.ndarray:
-        """Ids of one document, uint16, ended by the end-of-text token; all of text is plain."""
+        """Ids of a document, (N,) uint16, with the end-of-text token at the end, and only there."""
         return np.array([*self.bpe.encode_ordinary(text), self.bpe.eot_token], dtype=np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -87,21 +87,21 @@ class GPT2Tokenizer:
 
 
 def get_tokenizer(meta: dict | None) -> Tokenizer:
-    """The tokenizer that a dataset's meta describes; GPT-2's where there is none."""
+    """The tokenizer of a dataset: characters if it has a meta, else GPT-2's."""
     return CharTokenizer(meta) if meta else GPT2Tokenizer()
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads containers, text and numbers; a file that names any class or function is refused."""
+    """Unpickles containers, text and numbers only: any class or function is refused."""
 
     def find_class(self, module: str, name: str) -> None:
         raise pickle.UnpicklingError(f"it names {module}.{name}, which plain data never do")
 
 
 def load_meta(folder: Path) -> dict | None:
-    """The vocabulary in `folder`/meta.pkl; None where there is no such file.
+    """The vocabulary in `folder`/meta.pkl, or None if there is no such file.
 
-    Raises UserError if it is not a vocabulary of plain containers, and runs nothing of it.
+    Runs no code from it. Raises UserError if it is not a vocabulary of plain containers.
     """
     path = folder / "meta.pkl"
     try:
@@ -115,15 +115,15 @@ def load_meta(folder: Path) -> dict | None:
 
 
 def check_meta(meta: object, source: object) -> dict:
-    """Return `meta` if it is a character vocabulary, with itos and stoi each other's inverse."""
+    """Return `meta` if it is a character vocabulary; else raise UserError naming its source."""
     try:
         itos, stoi, size = meta["itos"], meta["stoi"], meta["vocab_size"]
-        good = (all(type(i) is int and 0 <= i < size and stoi[char] == i and type(char) is str
-                    for i, char in itos.items())
-                and type(size) is int and len(itos) == len(stoi) == size > 0)
+        valid = (all(type(i) is int and 0 <= i < size and stoi[char] == i and type(char) is str
+                     for i, char in itos.items())
+                 and type(size) is int and len(itos) == len(stoi) == size > 0)
     except (TypeError, KeyError, IndexError, AttributeError):
-        good = False
-    if not good:
+        valid = False
+    if not valid:
         raise UserError(f"{source} holds no vocabulary: expected vocab_size, itos, and stoi, "
                         f"its inverse; prepare the dataset again")
     return meta

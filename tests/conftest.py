@@ -1,7 +1,8 @@
-"""Shared by the tests: small data, and the scripts run as users run them."""
+"""Shared by the tests: small data, running the scripts as users do, comparing what they wrote."""
 
 import hashlib
 import importlib.resources
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -10,33 +11,38 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zipfile
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+torch.set_num_threads(1)  # several test files run at a time
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data.bins import write_text_dataset  # noqa: E402
 from data.tokenizer import CharTokenizer  # noqa: E402
 
-# Warnings that our modules must not draw when the scripts run.
+# Warnings that our modules must not cause when the scripts run.
 WARNINGS = ["DeprecationWarning", "FutureWarning"]
-OURS = ["__main__", "model", "kernels", "optimizer", "weights", "runtime", "checkpoint",
-        "metrics", "configurator", "data.bins", "data.tokenizer", "data.documents"]
+OURS = ["__main__", *(".".join(path.relative_to(ROOT).with_suffix("").parts)
+                      for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern))]
 
-# What makes a run of train.py short: a model of 6,000 parameters on a few characters.
+# Settings for a short run of train.py: a model of 6,000 parameters on a few characters.
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
         "--gradient_accumulation_steps=2", "--max_iters=8", "--eval_interval=4", "--eval_iters=2",
         "--learning_rate=1e-2", "--warmup_iters=2", "--lr_decay_iters=8", "--min_lr=1e-3",
         "--device=cpu", "--dtype=float32"]
 
-
-# Every departure of the model from GPT-2, all at once.
+# Every departure of the model from GPT-2 at once.
 MODERN = {"activation": "relu2", "positions": "rotary", "qk_norm": True,
           "smear": True, "tie_weights": False}
+
+# What differs between two equal runs.
+TIMES = {"tokens_per_s", "data_ms", "forward_ms", "backward_ms", "optimizer_ms", "seconds"}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,37 +72,28 @@ def text_dataset(tmp_path_factory) -> Path:
 
 
 def run(*args: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """Run `python args` as a user does; a deprecation that our modules meet is an error."""
+    """Run `python args` as a user does; a deprecation warning in our modules is an error."""
     return subprocess.run(
         [sys.executable, *map(str, args)], cwd=cwd, text=True, capture_output=True, timeout=120,
         stdin=subprocess.DEVNULL, env=os.environ | environment)
 
 
-def train(*args: str | Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run train.py at the smallest size, and see it succeed."""
-    done = run(ROOT / "train.py", *TINY, *args, **environment)
-    assert done.returncode == 0, done.stderr
-    return done
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["torch", "torch._dynamo"])  # which optimizers import
+# `start` polls all processes: if two threads poll one that has just ended, one gets status 255.
+POLL_LOCK = threading.Lock()
 
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "numpy", "torch.nn.parallel"])
-# `start` asks after the ends of all processes: of two threads that learn of one end at the same
-# moment, one is told that its status is 255.
-ONE_AT_A_TIME = threading.Lock()
-
-
-def forked(args: list[str], here: Path, environment: dict[str, str],
-           ) -> subprocess.CompletedProcess:
-    """Run a script in a process forked from one that has imported torch, which saves two seconds;
-    all else in it is as if a shell had started it."""
+def forked(args: list[str], cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """Run a script as `run` does, but in a process forked from one that has imported torch, which
+    saves most of its start."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = FORKS.Process(target=be_script, args=(
-            args, here, environment, DupFd(out.fileno()), DupFd(err.fileno())))
-        with ONE_AT_A_TIME:
+        process = FORKSERVER.Process(target=exec_script, args=(
+            args, cwd, environment, DupFd(out.fileno()), DupFd(err.fileno())))
+        with POLL_LOCK:
             process.start()
         multiprocessing.connection.wait([process.sentinel], timeout=120)
-        with ONE_AT_A_TIME:
+        with POLL_LOCK:
             if process.exitcode is None:
                 process.kill()
             process.join()
@@ -105,16 +102,67 @@ def forked(args: list[str], here: Path, environment: dict[str, str],
         return subprocess.CompletedProcess(args, process.exitcode, out.read(), err.read())
 
 
-def be_script(args: list[str], here: Path, environment: dict[str, str], out: DupFd, err: DupFd,
-              ) -> None:
+def exec_script(args: list[str], cwd: Path, environment: dict[str, str], out: DupFd, err: DupFd,
+                ) -> None:
     for number, file in enumerate((out, err), start=1):
         os.dup2(file.detach(), number)
-    os.chdir(here)
+    os.chdir(cwd)
     os.environ |= environment
     tempfile.tempdir = None  # not that of the process it was forked from
     sys.argv, sys.path[0] = args, str(Path(args[0]).parent)
     try:
+        if "PYTHONPATH" in environment:
+            exec((Path(environment["PYTHONPATH"]) / "sitecustomize.py").read_text(), {})
         runpy.run_path(args[0], run_name="__main__")
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         sys.excepthook(*sys.exc_info())  # ends the process, unless the error is a bug
         raise SystemExit(1) from None
+
+
+def train(*args: str | Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run train.py with the settings TINY, and check that it succeeds."""
+    done = forked([str(ROOT / "train.py"), *TINY, *map(str, args)], ROOT, environment)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def load(path: Path) -> dict:
+    """A checkpoint, without any code of ours."""
+    assert zipfile.ZipFile(path).testzip() is None
+    return torch.load(path, weights_only=True)
+
+
+def records(folder: Path, key: str = "iter") -> list[dict]:
+    """The records of metrics.jsonl with a key: `loss` for steps, `val_loss` for evaluations."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if key in record]
+
+
+def differences(run_a: Path, run_b: Path) -> list[str]:
+    """Where the checkpoints and metrics.jsonl of two runs differ, bit for bit, but for times and
+    settings such as out_dir."""
+    found = unequal(records(run_a), records(run_b), "metrics.jsonl")
+    for name in sorted({path.name for folder in (run_a, run_b) for path in folder.glob("*.pt")}):
+        both = [folder / name for folder in (run_a, run_b)]
+        if all(path.exists() for path in both):
+            found += unequal(*(load(path) | {"config": None} for path in both), name)
+        else:
+            found.append(name)
+    return found
+
+
+def unequal(a: object, b: object, path: str = "") -> list[str]:
+    """The places where two nested values differ, but for times."""
+    if isinstance(a, dict | list) and type(a) is type(b):
+        a, b = (dict(enumerate(v)) if isinstance(v, list) else v for v in (a, b))
+        return [place for key in (a.keys() | b.keys()) - TIMES
+                for place in unequal(a.get(key, "missing"), b.get(key, "missing"), f"{path}/{key}")]
+    same = type(a) is type(b) and (
+        a.dtype == b.dtype and torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b)
+    return [] if same else [path]
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    """Every file under a folder, with its bytes and the time of its last change."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in folder.rglob("*") if path.is_file()}

@@ -3,20 +3,20 @@
 import itertools
 import pickle
 import resource
-import shutil
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import MODERN, ROOT, forked, load, snapshot, train, unequal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoint
 from configurator import UserError
-from model import GPT, GPTConfig
-from weights import PRETRAINED
+from engine import checkpoint
+from engine.muon import configure_muon
+from engine.out_dir import prepare_out_dir
+from model import GPT, HF_REPOSITORIES, GPTConfig
 
 SHAPE = {"block_size": 16, "vocab_size": 14, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": True}
 
@@ -49,30 +49,27 @@ def test_what_is_saved_is_what_is_loaded(path, contents):
 
 def test_an_error_while_saving_leaves_the_old_checkpoint_and_nothing_else(path, contents):
     checkpoint.save(path, contents)
-    before = path.read_bytes()
+    before = snapshot(path.parent)
     with pytest.raises((AttributeError, pickle.PicklingError)):
-        checkpoint.save(path, contents | {"config": lambda: None})  # no pickle takes it
-    assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == ["ckpt.pt"]
+        checkpoint.save(path, contents | {"config": lambda: None})  # cannot be pickled
+    assert snapshot(path.parent) == before
 
 
-@pytest.mark.parametrize("room", [1000, 20000, 200000])  # bytes that still fit
+@pytest.mark.parametrize("space", [1000, 20000, 200000])  # bytes that still fit
 @pytest.mark.parametrize("size", [1, 100000])
-def test_a_disk_that_refuses_leaves_the_old_checkpoint_and_is_a_user_error(path, contents, room,
-                                                                           size):
+def test_a_disk_that_refuses_leaves_the_old_checkpoint_and_is_a_user_error(
+        path, contents, space, size):
     contents["optimizer"] = torch.zeros(size)
     checkpoint.save(path, contents)
-    room = min(room, path.stat().st_size - 1)
-    before = path.read_bytes()
+    before = snapshot(path.parent)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (min(space, path.stat().st_size - 1), hard))
     try:
         with pytest.raises(UserError, match="cannot write .*ckpt.pt"):
             checkpoint.save(path, contents)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == ["ckpt.pt"]
+    assert snapshot(path.parent) == before
 
 
 # --------------------------------------------------------------------------- what is no checkpoint
@@ -95,14 +92,6 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(tmp_path, con
     assert not target.exists()
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b"words"])
-def test_a_damaged_checkpoint_is_a_user_error(path, contents, damage):
-    checkpoint.save(path, contents)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match="cannot read checkpoint .*ckpt.pt"):
-        checkpoint.load(path)
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> tuple[Path, bytes]:
     """A checkpoint of 2 KB, and its bytes; load needs no whole model."""
@@ -112,34 +101,19 @@ def small(tmp_path_factory) -> tuple[Path, bytes]:
     return path, path.read_bytes()
 
 
-def equal(ours: object, reference: object) -> bool:
-    """Whether two checkpoints, or parts of them, hold the same."""
-    if isinstance(reference, dict):
-        return (isinstance(ours, dict) and ours.keys() == reference.keys()
-                and all(equal(ours[key], reference[key]) for key in reference))
-    if isinstance(reference, torch.Tensor):
-        return torch.equal(ours, reference)
-    return type(ours) is type(reference) and ours == reference
-
-
-def loads_equal_or_is_refused(path: Path, content: bytes, reference: dict) -> bool:
-    path.write_bytes(content)
-    try:
-        return equal(checkpoint.load(path), reference)
-    except UserError as error:
-        return "ckpt.pt" in str(error)
-
-
 @settings(max_examples=600, deadline=None)
 @given(st.data())
 def test_one_changed_byte_anywhere_is_harmless_or_refused(small, data):
     path, content = small
     path.write_bytes(content)
-    reference = checkpoint.load(path)
-    place = data.draw(st.integers(0, len(content) - 1))
-    byte = data.draw(st.integers(0, 255))
-    assert loads_equal_or_is_refused(
-        path, content[:place] + bytes([byte]) + content[place + 1:], reference)
+    expected = checkpoint.load(path)
+    changed = bytearray(content)
+    changed[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(changed)
+    try:
+        assert unequal(checkpoint.load(path), expected) == []
+    except UserError as error:
+        assert "ckpt.pt" in str(error)
 
 
 @settings(max_examples=200, deadline=None)
@@ -155,24 +129,24 @@ def test_a_flipped_bit_in_a_tensor_is_refused(small):
     path, content = small
     place = content.index((torch.arange(6) / 7).numpy().tobytes())
     for bit in range(8 * 24):
-        changed = bytearray(content)
-        changed[place + bit // 8] ^= 1 << bit % 8
-        path.write_bytes(changed)
-        with pytest.raises(UserError, match="damaged"):
-            checkpoint.load(path)
+        refused_with(path, content, place + bit // 8, 1 << bit % 8)
 
 
 def test_a_tensor_marked_as_a_folder_is_refused(small):
-    # One bit in the archive's directory, and torch.load leaves the tensor as it finds the memory.
+    # One bit in the archive's directory, with which torch.load would not read the tensor.
     path, content = small
     entries = [place for place in range(len(content)) if content.startswith(b"PK\1\2", place)]
     for place in entries:
-        changed = bytearray(content)
-        changed[place + 38] |= 0x10
-        path.write_bytes(changed)
-        with pytest.raises(UserError, match="damaged"):
-            checkpoint.load(path)
+        refused_with(path, content, place + 38, 0x10)
     assert len(entries) > 2
+
+
+def refused_with(path: Path, content: bytes, place: int, bit: int) -> None:
+    changed = bytearray(content)
+    changed[place] ^= bit
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load(path)
 
 
 def test_a_missing_checkpoint_is_a_user_error(path):
@@ -180,12 +154,12 @@ def test_a_missing_checkpoint_is_a_user_error(path):
         checkpoint.load(path)
 
 
-def test_the_keys_that_a_checkpoint_lacks_are_named(path, contents):
-    for missing in ("model", "model_args"):
-        torch.save({key: contents[key] for key in contents.keys() - {missing}},
-                   path.parent.parent / "other.pt")
-        with pytest.raises(UserError, match=f"lacks {missing};"):
-            checkpoint.load(path.parent.parent / "other.pt")
+@pytest.mark.parametrize("name", ["model", "model_args"])
+def test_a_key_that_a_checkpoint_lacks_is_named(tmp_path, contents, name):
+    del contents[name]
+    torch.save(contents, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=f"other.pt is no checkpoint: it lacks {name};"):
+        checkpoint.load(tmp_path / "other.pt")
 
 
 def test_a_list_is_no_checkpoint(tmp_path):
@@ -194,63 +168,42 @@ def test_a_list_is_no_checkpoint(tmp_path):
         checkpoint.load(tmp_path / "list.pt")
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda state: state.pop("transformer.h.1.mlp.c_fc.bias"),
-     ["transformer.h.1.mlp.c_fc.bias", "missing"]),
-    (lambda state: state.update({"transformer.h.2.ln_1.weight": torch.ones(16)}),
-     ["transformer.h.2.ln_1.weight", "unknown"]),
-    (lambda state: state.update({"transformer.wpe.weight": torch.ones(8, 16)}),
-     ["transformer.wpe.weight", "(8, 16)", "(16, 16)"]),
-    (lambda state: state.update({"transformer.wpe.weight": "text"}),
-     ["transformer.wpe.weight", "str", "(16, 16)"]),
-    (lambda state: state.update({5: torch.ones(16)}), ["5", "unknown"]),
-    (lambda state: state["transformer.h.0.ln_1.weight"].fill_(float("nan")),
-     ["transformer.h.0.ln_1.weight", "not finite"]),
-    (lambda state: state["transformer.h.1.ln_2.bias"][:1].fill_(float("inf")),
-     ["transformer.h.1.ln_2.bias", "not finite"]),
-])
-def test_tensors_that_do_not_fit_are_named(path, contents, change, words):
-    change(contents["model"])
-    checkpoint.save(path, contents)
-    with pytest.raises(UserError) as refused:
-        checkpoint.build_model(checkpoint.load(path))
-    for word in [*words, "ckpt.pt"]:
-        assert word in str(refused.value)
-
-
 @pytest.mark.parametrize("args", [
     {"n_head": 3}, {"windows": 3}, {"n_layer": "two"}, {"n_embd": 16.0}, {"vocab_size": None}])
-def test_model_args_that_make_no_model_are_a_user_error(path, contents, args):
-    checkpoint.save(path, contents | {"model_args": contents["model_args"] | args})
-    with pytest.raises(UserError, match=next(iter(args))):
-        checkpoint.build_model(checkpoint.load(path))
+def test_model_args_of_no_model_are_named(path, contents, args):
+    with pytest.raises(ValueError, match=f"ckpt.pt.*{next(iter(args))}"):
+        GPT.from_checkpoint(contents | {"model_args": SHAPE | args}, source=path)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("model", 5), ("model_args", None), ("config", "n_layer=2"), ("iter_num", "many"),
+    ("history", {"iter": 0}), ("meta", {"a": 1})])
+def test_parts_of_another_type_are_a_user_error(path, contents, name, value):
+    checkpoint.save(path, contents | {name: value})
+    with pytest.raises(UserError, match=rf"ckpt\.pt .*(its {name} is|holds no vocab)"):
+        checkpoint.load(path)
 
 
 # -------------------------------------------------------------------------------- which checkpoint
 
 @pytest.mark.parametrize("name, other", [("ckpt.pt", "best.pt"), ("best.pt", "ckpt.pt")])
-def test_newest_is_the_one_with_more_steps(tmp_path, contents, name, other):
+def test_latest_is_the_one_with_more_steps(tmp_path, contents, name, other):
     checkpoint.save(tmp_path / name, contents | {"iter_num": 100})
     checkpoint.save(tmp_path / other, contents | {"iter_num": 20})  # written later
-    assert checkpoint.newest(str(tmp_path))[1] == 100
+    assert checkpoint.latest(str(tmp_path))[1] == 100
     (tmp_path / name).unlink()
-    assert checkpoint.newest(str(tmp_path))[1] == 20
+    assert checkpoint.latest(str(tmp_path))[1] == 20
     (tmp_path / other).unlink()
-    assert checkpoint.newest(str(tmp_path)) == (None, -1)
+    assert checkpoint.latest(str(tmp_path)) == (None, -1)
 
 
-def test_the_causal_masks_of_older_files_are_ignored(path, contents):
-    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
-    checkpoint.save(path, contents | {"model": contents["model"] | masks})
-    gpt = checkpoint.build_model(checkpoint.load(path))
-    for name, tensor in gpt.state_dict().items():
-        assert torch.equal(tensor, contents["model"][name])
-
-
-def test_weights_come_with_their_own_dropout_or_another(path, contents):
-    checkpoint.save(path, contents | {"model_args": contents["model_args"] | {"dropout": 0.3}})
-    assert checkpoint.build_model(checkpoint.load(path)).config.dropout == 0.3
-    assert checkpoint.build_model(checkpoint.load(path), 0.1).config.dropout == 0.1
+def test_each_new_run_keeps_all_earlier_ones(tmp_path, contents):
+    for steps in (1, 2, 3):
+        prepare_out_dir(str(tmp_path), None, GPT.from_checkpoint(contents), 0).release()
+        checkpoint.save(tmp_path / "ckpt.pt", contents | {"iter_num": steps})
+    kept = [checkpoint.load(tmp_path / name / "ckpt.pt")["iter_num"]
+            for name in ("previous-1", "previous-2", ".")]
+    assert kept == [1, 2, 3]
 
 
 def test_a_folder_gives_its_best_checkpoint(tmp_path, contents):
@@ -267,7 +220,7 @@ def test_a_folder_gives_its_best_checkpoint(tmp_path, contents):
 def test_what_names_no_model_is_answered_with_the_choices(name):
     with pytest.raises(UserError) as refused:
         checkpoint.load_pretrained(name)
-    for word in (name, "scratch", "resume", "auto", *PRETRAINED):
+    for word in (name, "scratch", "resume", "auto", *HF_REPOSITORIES):
         assert word in str(refused.value)
 
 
@@ -276,188 +229,160 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         checkpoint.load_pretrained(str(tmp_path))
 
 
-# ----------------------------------------------------------------------- of another minimal trainer
-
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory, text_dataset) -> Path:
-    """The folder of a run whose checkpoint has six keys, and names as torch.compile makes them."""
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(**SHAPE, activation="gelu"))
-    for p in gpt.parameters():
-        p.data.normal_(std=0.3)
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in gpt.parameters() if p.dim() >= 2], "weight_decay": 0.1},
-         {"params": [p for p in gpt.parameters() if p.dim() < 2], "weight_decay": 0.0}],
-        lr=1e-3, betas=(0.9, 0.95))
-    idx = torch.from_numpy(np.fromfile(text_dataset / "train.bin", "<u2").astype(np.int64)[:17])
-    for _ in range(3):
-        optimizer.zero_grad()
-        gpt(idx[None, :-1], idx[None, 1:])[1].backward()
-        optimizer.step()
-    folder = tmp_path_factory.mktemp("foreign")
-    torch.save({
-        "model": {f"_orig_mod.{name}": tensor for name, tensor in gpt.state_dict().items()},
-        "optimizer": optimizer.state_dict(), "model_args": SHAPE | {"dropout": 0.0},
-        "iter_num": 3, "best_val_loss": torch.tensor(2.5),
-        "config": SHAPE | {
-            "out_dir": "out", "dataset": str(text_dataset), "eval_interval": 5, "eval_iters": 2,
-            "batch_size": 4, "gradient_accumulation_steps": 1, "max_iters": 5, "dropout": 0.0,
-            "learning_rate": 1e-3, "warmup_iters": 1, "lr_decay_iters": 5, "min_lr": 1e-4,
-            "device": "cpu", "dtype": "float32", "compile": False, "init_from": "scratch"}},
-        folder / "ckpt.pt")
-    return folder
-
-
-def test_a_checkpoint_without_activation_is_an_exact_gelu_model(foreign):
-    gpt = checkpoint.build_model(checkpoint.load(foreign / "ckpt.pt")).eval()
-    state = torch.load(foreign / "ckpt.pt", weights_only=True)["model"]
-    reference = GPT(GPTConfig(**SHAPE, activation="gelu")).eval()
-    reference.load_state_dict({name[len("_orig_mod."):]: t for name, t in state.items()})
-    tanh = GPT(GPTConfig(**SHAPE, activation="gelu_tanh")).eval()
-    tanh.load_state_dict(reference.state_dict())
-    idx = torch.arange(14)[None]
-    assert torch.equal(gpt(idx, idx)[0], reference(idx, idx)[0])
-    assert not torch.equal(gpt(idx, idx)[0], tanh(idx, idx)[0])
-
-
-def test_resuming_compares_settings_with_the_model_that_was_loaded(foreign):
-    saved = checkpoint.load(foreign / "ckpt.pt")
-    checkpoint.restore_settings({"activation": "gelu"}, {"activation": "gelu"}, saved)
-    with pytest.raises(UserError, match="activation = 'gelu_tanh'.* 'gelu'"):
-        checkpoint.restore_settings({"activation": "gelu_tanh"}, {"activation": "gelu_tanh"}, saved)
-
-
-def test_resuming_takes_the_shape_from_the_model_where_the_settings_lack_it(foreign):
-    saved = checkpoint.load(foreign / "ckpt.pt") | {"config": {}}
-    restored = checkpoint.restore_settings({"block_size": 1024, "seed": 1}, {}, saved)
-    assert restored == {"block_size": 16, "seed": 1}
-
-
-def test_a_minimal_checkpoint_samples_with_the_vocabulary_of_its_dataset(foreign):
-    done = run(ROOT / "sample.py", f"--out_dir={foreign}", "--start=to be", "--num_samples=2",
-               "--max_new_tokens=8", "--device=cpu")
-    assert done.returncode == 0, done.stderr
-    texts = done.stdout.split("process\n")[1].split("\n---------------\n")
-    assert [len(text) for text in texts] == [13, 13, 0]
-    assert all(text.startswith("to be") for text in texts[:2])
-
-
-def test_a_minimal_checkpoint_given_by_its_path_has_the_vocabulary_of_its_dataset(foreign):
-    _, meta = checkpoint.load_pretrained(str(foreign / "ckpt.pt"))
+def test_a_checkpoint_without_a_vocabulary_has_that_of_its_dataset(path, contents, text_dataset):
+    checkpoint.save(path, contents | {"config": {"dataset": str(text_dataset)}})
+    _, meta = checkpoint.load_pretrained(str(path))
     assert len(meta["stoi"]) == 14
 
 
-def test_a_small_vocabulary_that_nobody_names_is_not_taken_for_gpt2s(path, contents):
+def test_a_small_vocabulary_that_is_not_found_is_not_taken_for_gpt2s(path, contents):
     checkpoint.save(path, contents | {"config": {"dataset": "nowhere"}})
     with pytest.raises(UserError, match="'nowhere' is not here: prepare that first"):
         checkpoint.load_pretrained(str(path))
 
 
-def test_an_optimizer_state_in_another_order_is_a_user_error(path, contents):
-    gpt = checkpoint.build_model({"path": path, **contents})
-    optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95))
-    for p in gpt.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    saved = optimizer.state_dict()
-    first, second = saved["state"][0], saved["state"][1]
-    assert first["exp_avg"].shape != second["exp_avg"].shape
-    saved["state"] |= {0: second, 1: first}
-    with pytest.raises(UserError, match="another order"):
-        checkpoint.load_optimizer(optimizer, None, {"path": path, "optimizer": saved})
+# ------------------------------------------------------------------------------ restoring settings
+
+SETTINGS = {"block_size": 1024, "activation": "gelu_tanh", "seed": 1, "batch_size": 12,
+            "device": "cpu"}
 
 
-def test_rates_and_decays_may_be_others_when_a_run_goes_on(path, contents):
-    gpt = checkpoint.build_model({"path": path, **contents})
-    before = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "muon", embedding_lr=0.01)
+def restore(saved: dict, **overrides: object) -> dict:
+    """The settings that restore_settings changes."""
+    restored = checkpoint.restore_settings(SETTINGS, SETTINGS | overrides, overrides, saved)
+    return {name: value for name, value in restored.items() if value != SETTINGS[name]}
+
+
+def test_the_shape_is_the_models_and_without_an_activation_the_exact_gelus(path, contents):
+    saved = {"path": path, **contents, "config": {"activation": "relu"}}
+    assert restore(saved) == {"block_size": 16, "activation": "gelu"}
+    assert restore(saved, activation="gelu") == {"block_size": 16, "activation": "gelu"}
+    with pytest.raises(UserError, match="activation = 'gelu_tanh'.* 'gelu'"):
+        restore(saved, activation="gelu_tanh")
+
+
+def test_a_setting_of_another_type_is_a_user_error_unless_it_is_given_again(path, contents):
+    saved = {"path": path, **contents, "config": {"seed": 5, "batch_size": "four"}}
+    assert restore(saved, batch_size=8)["batch_size"] == 8
+    with pytest.raises(UserError, match=r"ckpt\.pt: batch_size = 'four' is str"):
+        restore(saved)
+
+
+# -------------------------------------------------------------------------- restoring an optimizer
+
+SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def optimizers(gpt: GPT, **rates: float) -> dict[str, torch.optim.Optimizer]:
+    adamw = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), **rates)
+    return {"adamw": adamw, "muon": configure_muon(gpt, 0.1, 1e-3, (0.9, 0.95), 0.02, 0.95,
+                                                   torch.float32, **rates)}
+
+
+def after_a_step(gpt: GPT, optimizer: torch.optim.Optimizer) -> dict:
+    """The state of an optimizer after a step with a gradient of its own for each parameter."""
     for i, p in enumerate(gpt.parameters()):
         p.grad = torch.full_like(p, i)
-    before.step()
-    after = gpt.configure_optimizers(0.2, 1e-3, (0.9, 0.95), "muon", embedding_decay=0.0)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    checkpoint.load_optimizer(after, scaler, {"path": path, "optimizer": before.state_dict()})
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_state_is_matched_by_name_and_hyperparameters_stay_current(path, contents, kind):
+    gpt = GPT.from_checkpoint(contents)
+    before, after = optimizers(gpt, embedding_lr=0.01)[kind], optimizers(gpt)[kind]
+    saved = after_a_step(gpt, before)
+    checkpoint.load_optimizer(after, SCALER, {"path": path, "optimizer": saved})
     for p in gpt.parameters():
         for key, tensor in before.state[p].items():
             assert torch.equal(after.state[p][key], tensor)
-    assert {group["lr"] for group in after.param_groups} == {1e-3, 0.02}
-    assert {group["weight_decay"] for group in after.param_groups} == {0.0, 0.2}
+    assert {group["lr"] for group in after.param_groups} == (
+        {1e-3} if kind == "adamw" else {1e-3, 0.02})
 
 
-def test_the_state_of_another_optimizer_is_a_user_error(path, contents):
-    gpt = checkpoint.build_model({"path": path, **contents})
-    adamw, muon = (gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95), kind)
-                   for kind in ("adamw", "muon"))
-    for optimizer in (adamw, muon):
-        for p in gpt.parameters():
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-    for ours, theirs, word in ((muon, adamw, "momentum"), (adamw, muon, "exp_avg")):
-        with pytest.raises(UserError, match=f"not {word}"):
-            checkpoint.load_optimizer(ours, None,
-                                      {"path": path, "optimizer": theirs.state_dict()})
+def test_tensors_in_another_order_are_a_user_error(path, contents):
+    gpt = GPT.from_checkpoint(contents)
+    optimizer = optimizers(gpt)["adamw"]
+    saved = after_a_step(gpt, optimizer)
+    saved["state"] |= {0: saved["state"][2], 2: saved["state"][0]}
+    with pytest.raises(UserError, match=r"exp_avg of transformer.wte.weight is \(48, 16\), not"):
+        checkpoint.load_optimizer(optimizer, SCALER, {"path": path, "optimizer": saved})
 
 
-@pytest.mark.parametrize("name, value", [
-    ("model", 5), ("model_args", None), ("config", "n_layer=2"), ("iter_num", "many"),
-    ("history", {"iter": 0}), ("meta", {"a": 1})])
-def test_parts_of_another_type_are_a_user_error(path, contents, name, value):
-    checkpoint.save(path, contents | {name: value})
-    with pytest.raises(UserError, match=rf"ckpt\.pt .*(its {name} is|holds no vocab)"):
-        checkpoint.load(path)
+@pytest.mark.parametrize("ours, theirs, word", [
+    ("muon", "adamw", "momentum"), ("adamw", "muon", "exp_avg")])
+def test_the_state_of_another_optimizer_is_a_user_error(path, contents, ours, theirs, word):
+    gpt = GPT.from_checkpoint(contents)
+    both = optimizers(gpt)
+    saved = after_a_step(gpt, both[theirs])
+    with pytest.raises(UserError, match=f"does not fit .*{word}"):
+        checkpoint.load_optimizer(both[ours], SCALER, {"path": path, "optimizer": saved})
 
 
-def test_a_restored_setting_of_another_type_is_a_user_error_unless_it_is_given(path, contents):
-    saved = {"path": path, **contents, "config": {"batch_size": "four", "dataset": "text"}}
-    settings = {"batch_size": 12, "dataset": "openwebtext"}
-    with pytest.raises(UserError, match=r"ckpt\.pt holds batch_size = 'four'.*--batch_size="):
-        checkpoint.restore_settings(settings, {}, saved)
-    restored = checkpoint.restore_settings(settings, {"batch_size": 8}, saved)
-    assert restored == {"batch_size": 8, "dataset": "text"}
-
-
-@pytest.mark.parametrize("value", [[1, 2], "text", {}, {"state": {}, "param_groups": [{}]},
-                                   {"state": {0: 5}, "param_groups": [{"params": [0]}]}], ids=repr)
+@pytest.mark.parametrize("value", [
+    None, [1, 2], "text", {}, {"state": {}, "param_groups": [{}]},
+    {"state": {0: 5}, "param_groups": [{"params": [0]}]}], ids=repr)
 def test_what_is_no_optimizer_state_is_a_user_error(path, contents, value):
-    gpt = checkpoint.build_model({"path": path, **contents})
-    optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95))
-    with pytest.raises(UserError, match="optimizer does not fit"):
-        checkpoint.load_optimizer(optimizer, None, {"path": path, "optimizer": value})
+    optimizer = optimizers(GPT.from_checkpoint(contents))["adamw"]
+    with pytest.raises(UserError, match="optimizer state.*start a new run"):
+        checkpoint.load_optimizer(optimizer, SCALER, {"path": path, "optimizer": value})
 
 
-def test_each_fresh_start_keeps_all_that_was_before(tmp_path, contents):
-    for steps in (1, 2, 3):
-        checkpoint.prepare_out_dir(str(tmp_path), None, 0, 0).close()
-        checkpoint.save(tmp_path / "ckpt.pt", contents | {"iter_num": steps})
-    kept = [checkpoint.load(tmp_path / name / "ckpt.pt")["iter_num"]
-            for name in ("previous-1", "previous-2", ".")]
-    assert kept == [1, 2, 3]
+def test_the_optimizer_of_another_model_is_a_user_error(path, contents):
+    gpt = GPT.from_checkpoint(contents)
+    saved = after_a_step(gpt, optimizers(gpt)["adamw"])
+    smaller = optimizers(GPT(GPTConfig(**SHAPE | {"bias": False})))["adamw"]
+    larger = optimizers(GPT(GPTConfig(**SHAPE | {"n_layer": 3})))["adamw"]
+    for other in (smaller, larger):
+        with pytest.raises(UserError, match="optimizer state does not fit"):
+            checkpoint.load_optimizer(other, SCALER, {"path": path, "optimizer": saved})
 
 
-def test_a_minimal_checkpoint_resumes_with_its_optimizer(foreign, tmp_path):
-    shutil.copy(foreign / "ckpt.pt", tmp_path)
-    done = run(ROOT / "train.py", f"--out_dir={tmp_path}", "--init_from=resume")
+# ------------------------------------------------------------------- of earlier versions of ours
+
+def in_old_layout(contents: dict) -> dict:
+    """A checkpoint as earlier versions wrote it: with the optimizer's groups by kinds of tensors,
+    all of model_args, and settings and counters that were since renamed or deleted."""
+    optimizer = contents["optimizer"]
+    ids = {name: i for group in optimizer["param_groups"]
+           for name, i in zip(group["param_names"], group["params"], strict=True)}
+    kinds = {}
+    for name in ids:
+        dim = contents["model"][name].dim()
+        kind = ("vectors" if dim < 2 else "head" if name.startswith("lm_head") else
+                "embeddings" if ".h." not in name else
+                "c_attn" if name.endswith("c_attn.weight") else "matrices")
+        kinds.setdefault(kind, []).append(name)
+    order = sum(kinds.values(), [])
+    config = contents["config"] | {"embedding_decay": 0.1, "head_decay": None}
+    config["decay_fraction"] = config.pop("cooldown_frac")
+    return contents | {
+        "optimizer": {
+            "state": {i: optimizer["state"][ids[name]] for i, name in enumerate(order)},
+            "param_groups": [{"params": [order.index(name) for name in names], "lr": 0.5,
+                              "weight_decay": 0.5, "lr_ratio": 1.0, "parts": 1,
+                              "param_names": names} for names in kinds.values()]},
+        "model_args": asdict(GPTConfig.from_model_args(contents["model_args"])),
+        "config": config, "most_bad_steps": 0, "good_loss": 2.5}
+
+
+@pytest.mark.parametrize("args", [
+    {"optimizer": "adamw"}, MODERN | {"optimizer": "muon", "embedding_lr": 0.02}], ids=str)
+def test_a_checkpoint_of_an_earlier_version_resumes_bit_for_bit(args, text_dataset, tmp_path):
+    train(f"--dataset={text_dataset}", f"--out_dir={tmp_path}", "--keep_every=4",
+          "--schedule=linear", "--cooldown_frac=0.25",
+          *(f"--{name}={value}" for name, value in args.items()))
+    (tmp_path / "old").mkdir()
+    torch.save(in_old_layout(load(tmp_path / "ckpt_00000004.pt")), tmp_path / "old/ckpt.pt")
+    done = forked([str(ROOT / "train.py"), f"--out_dir={tmp_path}/old", "--init_from=resume"],
+                  ROOT, {})
     assert done.returncode == 0, done.stderr
-    after = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    assert after["iter_num"] == 5
-    assert {state["step"].item() for state in after["optimizer"]["state"].values()} == {5}
-    assert after["model_args"]["activation"] == "gelu"
-    assert not any(name.startswith("_orig_mod.") for name in after["model"])
-    before = torch.load(foreign / "ckpt.pt", weights_only=True)["optimizer"]["state"]
-    tensors = {name: p for name, p in after["model"].items() if name != "lm_head.weight"}
-    theirs = sorted(tensors, key=lambda name: tensors[name].dim() < 2)  # their two groups
-    ours = [name for group in after["optimizer"]["param_groups"] for name in group["param_names"]]
-    for i, state in before.items():  # 2 steps: a second moment keeps 0.95 squared of itself
-        assert (after["optimizer"]["state"][ours.index(theirs[i])]["exp_avg_sq"]
-                >= 0.95**2 * state["exp_avg_sq"] * (1 - 1e-5)).all()
+    ours, expected = (load(folder / "ckpt.pt") for folder in (tmp_path / "old", tmp_path))
+    assert ours["config"]["cooldown_frac"] == 0.25
+    assert unequal(ours | {"config": None}, expected | {"config": None}) == []
 
 
-def test_an_optimizer_of_another_model_is_a_user_error(foreign):
-    saved = checkpoint.load(foreign / "ckpt.pt")
-    gpt = GPT(GPTConfig(**SHAPE | {"bias": False}))  # fewer parameters
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    with pytest.raises(UserError, match="optimizer does not fit"):
-        checkpoint.load_optimizer(gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.95)), scaler, saved)
-
+# --------------------------------------------------------------------------------- vocabulary
 
 @pytest.mark.parametrize("saved, meta", list(itertools.permutations([
     None, {"vocab_size": 2, "stoi": {"a": 0, "b": 1}}, {"vocab_size": 2, "stoi": {"a": 1, "b": 0}},

@@ -1,4 +1,4 @@
-"""Settings: config files, arguments and their errors, in this process and as users meet them."""
+"""Config files, arguments and their errors, in this process and in scripts as users run them."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configurator import UserError, check, choose, configure, user_errors
+from configurator import RENAMED, UserError, check, check_choice, configure, fit_types, user_errors
 
 SCRIPT = '''"""A script with one setting of each kind."""
 
@@ -26,40 +26,24 @@ limit: int | None = 7
 ratio: float | None = None
 label: str | None = None  # text or nothing
 _private = 1
+CONSTANT = 1
 listed = [1, 2]
 '''
 NAMES = ["count", "rate", "name", "flag", "maybe", "limit", "ratio", "label"]
 SCRIPTS = ["train.py", "sample.py", "bench.py",
            *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("data/*/prepare.py"))]
 
-# The kind of file that people have from the widely used minimal trainer.
 NANOGPT_CONFIG = '''
 import time
-
-out_dir = 'out-shakespeare'
-eval_interval = 5
-eval_iters = 40
 wandb_log = False # feel free to turn on
-wandb_project = 'shakespeare'
 wandb_run_name = 'ft-' + str(time.time())
-
-dataset = 'shakespeare'
 init_from = 'gpt2-xl' # this is the largest GPT-2 model
-
-# only save checkpoints if the validation loss improves
 always_save_checkpoint = False
 
-# the number of examples per iter:
 # 1 batch_size * 32 grad_accum * 1024 tokens = 32,768 tokens/iter
-batch_size = 1
 gradient_accumulation_steps = 8 * 4
 max_iters = 6e5
-weight_decay = 1e-1
 dropout = 0
-
-# finetune at constant LR
-learning_rate = 3e-5
-decay_lr = False
 device = 'cpu'
 compile = False # do not torch compile the model
 '''
@@ -77,8 +61,8 @@ RELIED_ON = {
 
 
 @pytest.fixture(autouse=True)
-def hook_restored(monkeypatch):
-    """`configure` sets sys.excepthook; put it back."""
+def restore_excepthook(monkeypatch):
+    """`configure` sets sys.excepthook."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
 
@@ -116,63 +100,52 @@ def error_of(namespace: dict, *argv: str) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------- what is set, when
+# ------------------------------------------------------------------------------ which value counts
 
-def test_config_files_may_name_the_settings_of_another_script(new, write, tmp_path):
+def test_config_files_may_contain_the_settings_of_another_script(new, write, tmp_path):
     other = tmp_path / "other.py"
-    other.write_text("import os\nlearning_rate = 1e-3  # of theirs\nwidth: int | None = None\n")
+    other.write_text("import os\nlearning_rate = 1e-3  # of theirs\nwidth: int | None = None\n"
+                     "config, _ = configure(globals())\nlater = 1\n")
     file = write("count = 4\nlearning_rate = 3\nwidth = 5")
-    config, given = configure(new, [file], others=other)
-    assert given == {"count": 4} and "learning_rate" not in config
-    assert "'learning_rat' does not exist" in error_of(
-        new, write("learning_rat = 3", "typo.py"))
-    for argument in (file, "--learning_rate=3"):  # without `others`, or as an argument
+    config, overrides = configure(new, [file], also_accept=other)
+    assert overrides == {"count": 4} and "learning_rate" not in config
+    for name in ("learning_rat", "later"):  # neither a setting of ours nor of theirs
+        with pytest.raises(UserError, match=f"'{name}' does not exist"):
+            configure(new, [write(f"{name} = 3", "typo.py")], also_accept=other)
+    for argument, also_accept in ((file, None), ("--learning_rate=3", other)):
         with pytest.raises(UserError, match="'learning_rate' does not exist"):
-            configure(new, [argument], **({} if argument == file else {"others": other}))
+            configure(new, [argument], also_accept=also_accept)
 
 
 def test_without_arguments_settings_keep_their_defaults(new, capsys):
-    config, given = configure(new, [])
+    config, overrides = configure(new, [])
     assert config == {"count": 3, "rate": 0.5, "name": "x", "flag": False, "maybe": None,
                       "limit": 7, "ratio": None, "label": None}
-    assert given == {}
+    assert overrides == {}
     assert capsys.readouterr().out == ""
 
 
-def test_an_argument_wins_over_a_config_file_wherever_it_stands(new, write):
-    configure(new, ["--count=5", write("count = 4\nrate = 2.5")])
-    assert (new["count"], new["rate"]) == (5, 2.5)
+def test_the_later_of_two_values_counts_and_an_argument_before_a_file(new, write):
+    a, b = write("count = 4", "a.py"), write("count = 9", "b.py")
+    for argv, count in (([a, b], 9), (["--count=5", "--count=6"], 6), (["--count=5", a], 5)):
+        configure(new, argv)
+        assert new["count"] == count
 
 
-def test_of_two_config_files_the_later_wins(new, write):
-    configure(new, [write("count = 4\nname = 'a'", "a.py"), write("count = 9", "b.py")])
-    assert (new["count"], new["name"]) == (9, "a")
+def test_a_config_file_sees_the_defaults_and_the_settings_of_earlier_files(new, write):
+    configure(new, [write("count = 10 * count\nrate += 1", "a.py"), write("count += 2", "b.py")])
+    assert (new["count"], new["rate"]) == (32, 1.5)
 
 
-def test_of_two_arguments_the_later_wins(new):
-    configure(new, ["--count=5", "--count=6"])
-    assert new["count"] == 6
-
-
-def test_a_config_file_sees_the_defaults(new, write):
-    configure(new, [write("count = 2 * count\nrate += 1")])
-    assert (new["count"], new["rate"]) == (6, 1.5)
-
-
-def test_a_config_file_sees_what_an_earlier_one_set(new, write):
-    configure(new, [write("count = 10", "a.py"), write("count = 2 * count", "b.py")])
-    assert new["count"] == 20
-
-
-def test_the_returned_config_has_every_setting_and_given_only_the_named(new, write):
-    config, given = configure(new, [write("count = 4"), "--name=y"])
-    assert given == {"count": 4, "name": "y"}
+def test_the_returned_config_has_all_settings_and_overrides_those_that_were_given(new, write):
+    config, overrides = configure(new, [write("count = 4"), "--name=y"])
+    assert overrides == {"count": 4, "name": "y"}
     assert config == {name: new[name] for name in NAMES}
 
 
-def test_a_setting_given_its_default_again_counts_as_given(new, write, capsys):
-    _, given = configure(new, [write("count = 3"), "--flag=False"])
-    assert given == {"count": 3, "flag": False}
+def test_a_setting_given_its_default_again_is_an_override(new, write, capsys):
+    _, overrides = configure(new, [write("count = 3"), "--flag=False"])
+    assert overrides == {"count": 3, "flag": False}
     assert capsys.readouterr().out == ""
 
 
@@ -187,12 +160,6 @@ def test_only_the_first_of_many_processes_prints_the_settings(new, monkeypatch, 
     assert capsys.readouterr().out == ""
 
 
-def test_sys_argv_is_read_without_the_name_of_the_program(new, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["script.py", "--count=4"])
-    configure(new)
-    assert new["count"] == 4
-
-
 def test_config_files_may_import_modules_and_define_functions(new, write):
     configure(new, [write("import math, time\ndef f(x):\n    return x + count\n"
                           "class Kept: pass\n_scratch = [1]\ncount = f(math.floor(2.5))")])
@@ -201,83 +168,42 @@ def test_config_files_may_import_modules_and_define_functions(new, write):
 
 # ------------------------------------------------------------------------------------------ types
 
-@pytest.mark.parametrize(("text", "name", "value"), [
-    ("--count=-12", "count", -12),
-    ("--count=6e5", "count", 600000),
-    ("--rate=2", "rate", 2.0),
-    ("--rate=1e-4", "rate", 1e-4),
-    ("--name=123", "name", "123"),
-    ("--name=a=b", "name", "a=b"),
-    ("--name=", "name", ""),
-    ("--name=True", "name", "True"),
-    ("--name=None", "name", "None"),
-    ("--name=--count=4", "name", "--count=4"),
-    ("--name=\n é 日本", "name", "\n é 日本"),
-    ("--label=7", "label", "7"),
-    ("--label=None", "label", None),
-    ("--flag=True", "flag", True),
-    ("--flag=true", "flag", True),
-    ("--flag=1", "flag", True),
-    ("--maybe=False", "maybe", False),
-    ("--maybe=false", "maybe", False),
-    ("--maybe=0", "maybe", False),
-    ("--maybe=None", "maybe", None),
-    ("--limit=None", "limit", None),
-    ("--limit=12", "limit", 12),
-    ("--ratio=3", "ratio", 3.0),
-])
-def test_arguments_become_values_of_the_settings_type(new, text, name, value):
+@pytest.mark.parametrize(("text", "value"), [
+    ("--count=-12", -12), ("--count=6e5", 600000), ("--rate=2", 2.0), ("--rate=1e-4", 1e-4),
+    ("--name=123", "123"), ("--name=a=b", "a=b"), ("--name=", ""), ("--name=True", "True"),
+    ("--name=None", "None"), ("--name=--count=4", "--count=4"), ("--name=\n é 日本", "\n é 日本"),
+    ("--label=7", "7"), ("--label=None", None), ("--label=none", "none"),
+    ("--flag=True", True), ("--flag=true", True), ("--flag=1", True),
+    ("--maybe=False", False), ("--maybe=FALSE", False), ("--maybe=0", False),
+    ("--maybe=None", None), ("--limit=None", None), ("--limit=12", 12), ("--ratio=3", 3.0)])
+def test_arguments_become_values_of_the_settings_type(new, text, value):
     configure(new, [text])
-    assert new[name] == value
-    assert type(new[name]) is type(value)
-
-
-@pytest.mark.parametrize(("text", "name", "value"), [
-    ("count = 6e5", "count", 600000),
-    ("rate = 2", "rate", 2.0),
-    ("ratio = 2", "ratio", 2.0),
-    ("flag = 1", "flag", True),
-    ("maybe = 0", "maybe", False),
-    ("maybe = True", "maybe", True),
-    ("limit = None", "limit", None),
-    ("limit = 2.0", "limit", 2),
-    ("label = None", "label", None),
-    ("name = ''", "name", ""),
-])
-def test_values_of_a_config_file_become_the_settings_type(new, write, text, name, value):
-    configure(new, [write(text)])
-    assert new[name] == value
-    assert type(new[name]) is type(value)
-
-
-@pytest.mark.parametrize(("text", "expected"), [
-    ("--count=2.5", "a whole number"),
-    ("--count=abc", "a whole number"),
-    ("--count=", "a whole number"),
-    ("--count=True", "a whole number"),
-    ("--count=None", "a whole number"),
-    ("--count=inf", "a whole number"),
-    ("--count=nan", "a whole number"),
-    ("--rate=fast", "a finite number"),
-    ("--rate=True", "a finite number"),
-    ("--rate=None", "a finite number"),
-    ("--rate=inf", "a finite number"),
-    ("--rate=-inf", "a finite number"),
-    ("--rate=nan", "a finite number"),
-    ("--rate=1e999", "a finite number"),
-    ("--rate=" + 400 * "9", "a finite number"),
-    ("--rate=" + 5000 * "9", "a finite number"),
-    ("--ratio=nan", "a finite number or None"),
-    ("--flag=2", "True or False"),
-    ("--flag=yes", "True or False"),
-    ("--flag=None", "True or False"),
-    ("--maybe=1.5", "True or False or None"),
-    ("--limit=1.5", "a whole number or None"),
-])
-def test_an_argument_of_a_wrong_type_says_what_was_expected(new, text, expected):
     name = text[2:].partition("=")[0]
-    assert re.fullmatch(rf"{name} = .* is (int|float|str): expected {expected}",
-                        error_of(new, text))
+    assert (new[name], type(new[name])) == (value, type(value))
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("count = 6e5", 600000), ("rate = 2", 2.0), ("ratio = 2", 2.0), ("flag = 1", True),
+    ("maybe = 0", False), ("maybe = True", True), ("limit = None", None), ("limit = 2.0", 2),
+    ("label = None", None), ("name = ''", "")])
+def test_values_of_a_config_file_become_the_settings_type(new, write, text, value):
+    configure(new, [write(text)])
+    name = text.split()[0]
+    assert (new[name], type(new[name])) == (value, type(value))
+
+
+@pytest.mark.parametrize(("name", "texts", "expected"), [
+    ("count", ["2.5", "abc", "", "True", "None", "inf", "nan"], "a whole number"),
+    ("rate", ["fast", "True", "None", "inf", "-inf", "nan", "1e999", 400 * "9", 5000 * "9"],
+     "a finite number"),
+    ("ratio", ["nan"], "a finite number or None"),
+    ("flag", ["2", "yes", "None"], "True or False"),
+    ("maybe", ["1.5"], "True or False or None"),
+    ("limit", ["1.5"], "a whole number or None")])
+def test_an_argument_of_a_wrong_type_says_what_was_expected(new, name, texts, expected):
+    for text in texts:
+        assert re.fullmatch(rf"{name} = .* is \w+: expected {expected}",
+                            error_of(new, f"--{name}={text}"))
 
 
 @pytest.mark.parametrize(("text", "got", "expected"), [
@@ -286,32 +212,26 @@ def test_an_argument_of_a_wrong_type_says_what_was_expected(new, text, expected)
     ("count = True", "True is bool", "a whole number"),
     ("count = None", "None is NoneType", "a whole number"),
     ("count = float('inf')", "inf is float", "a whole number"),
+    ("count = 10**5000", "a number of very many digits is int", "a whole number"),
     ("count = [4]", "[4] is list", "a whole number"),
-    ("rate = True", "True is bool", "a finite number"),
-    ("rate = '0.5'", "'0.5' is str", "a finite number"),
-    ("rate = float('nan')", "nan is float", "a finite number"),
+    ("rate = float", "<class 'float'> is type", "a finite number"),
     ("name = 123", "123 is int", "text"),
-    ("name = None", "None is NoneType", "text"),
     ("flag = 2", "2 is int", "True or False"),
-    ("flag = 'True'", "'True' is str", "True or False"),
     ("flag = 1.0", "1.0 is float", "True or False"),
-    ("label = 5", "5 is int", "text or None"),
-])
-def test_a_config_value_of_a_wrong_type_says_what_was_expected_and_got(
+    ("label = 5", "5 is int", "text or None")])
+def test_a_config_value_of_a_wrong_type_says_in_which_file_and_what_was_expected_and_got(
         new, write, text, got, expected):
-    name = text.split()[0]
-    assert error_of(new, write(text)).endswith(f"{name} = {got}: expected {expected}")
+    path, name = write(text), text.split()[0]
+    assert error_of(new, path) == f"{path}: {name} = {got}: expected {expected}"
 
 
-def test_a_config_value_that_is_a_type_or_a_function_is_a_wrong_type(new, write):
-    assert "expected a finite number" in error_of(new, write("rate = float"))
+def test_values_of_another_source_are_converted_or_refused_in_the_same_way(new):
+    assert fit_types(new, {"count": 4.0, "flag": 1}, "ckpt.pt") == {"count": 4, "flag": True}
+    with pytest.raises(UserError, match="^ckpt.pt: count = '4' is str: expected a whole number$"):
+        fit_types(new, {"count": "4"}, "ckpt.pt")
 
 
-def test_a_number_too_long_to_be_printed_is_a_wrong_type(new, write):
-    assert "expected a whole number" in error_of(new, write("count = 10**5000"))
-
-
-# -------------------------------------------------------------------------------- mistakes, named
+# ---------------------------------------------------------------------------------- wrong settings
 
 @pytest.mark.parametrize("wrong", ["--conut=4", "--counts=4", "--Count=4"])
 def test_an_unknown_argument_is_refused_with_the_nearest_name(new, wrong):
@@ -334,26 +254,26 @@ def test_an_unknown_name_in_a_config_file_is_refused_with_the_file_and_the_neare
     assert "'conut' does not exist (did you mean count?)" in message
 
 
-@pytest.mark.parametrize("wrong", ["--_private=4", "--listed=4", "--__doc__=x", "--__file__=x"])
+@pytest.mark.parametrize("wrong", ["--_private=4", "--CONSTANT=4", "--listed=4", "--__file__=x"])
 def test_what_is_no_setting_can_not_be_set(new, wrong):
     assert "does not exist" in error_of(new, wrong)
+
+
+def test_the_old_name_of_a_setting_is_refused_with_the_new_one(new, write):
+    for argument in ("--decay_fraction=0.5", write("decay_fraction = 0.5")):
+        assert f"'decay_fraction' is now {RENAMED['decay_fraction']}" in error_of(new, argument)
+    assert f"--{RENAMED['decay_fraction']}=" in run(ROOT / "train.py", "--help").stdout
 
 
 def test_a_setting_without_a_value_says_how_to_write_one(new):
     assert error_of(new, "--count") == "--count has no value: write --count=3"
 
 
-def test_a_missing_config_file_is_named(new):
-    assert "no config file 'config/nothing.py'" in error_of(new, "config/nothing.py")
-
-
-def test_a_missing_dash_is_answered_with_how_to_write_arguments(new):
-    assert "no config file '-count=4': arguments are config files and --key=value" \
-        in error_of(new, "-count=4")
-
-
-def test_an_argument_too_long_for_a_file_name_is_no_config_file(new):
-    assert "no config file" in error_of(new, 300 * "a")
+@pytest.mark.parametrize("arg", ["config/nothing.py", "-count=4", 300 * "a"],
+                         ids=["missing", "one dash", "too long for a file name"])
+def test_an_argument_that_is_neither_a_file_nor_a_setting_is_answered_with_what_may_be(new, arg):
+    assert error_of(new, arg) == (
+        f"no config file {arg!r}: arguments are config files and --key=value")
 
 
 def test_a_folder_is_no_config_file(new, tmp_path):
@@ -377,23 +297,17 @@ def test_a_config_file_that_fails_is_named_with_its_error_in_one_line(new, write
 
 
 def test_check_names_the_values_and_the_rule_that_fails():
+    values = {"warmup": 9, "decay": 5, "rate": 1.0, "top_k": None}
+    check(values, "rate > 0", "top_k is None or top_k > 0")
     with pytest.raises(UserError) as caught:
-        check({"warmup": 9, "decay": 5, "rate": 1.0}, "rate > 0", "warmup < decay")
-    assert str(caught.value) == "decay = 5, warmup = 9: expected warmup < decay"
+        check(values, "rate > 0", "max(warmup, 1) < decay")
+    assert str(caught.value) == "decay = 5, warmup = 9: expected max(warmup, 1) < decay"
 
 
-def test_check_lets_values_pass_for_which_all_rules_hold():
-    assert check({"top_k": None, "dropout": 0.0}, "top_k is None or top_k > 0",
-                 "0 <= dropout < 1") is None
-
-
-def test_choose_returns_one_of_the_choices():
-    assert choose("activation", "relu", ["gelu", "relu"]) == "relu"
-
-
-def test_choose_lists_the_choices_with_the_nearest():
+def test_check_choice_lists_the_choices_with_the_nearest():
+    assert check_choice("activation", "relu", ["gelu", "relu"]) == "relu"
     with pytest.raises(UserError) as caught:
-        choose("activation", "rellu", ["gelu", "relu", "silu"])
+        check_choice("activation", "rellu", ["gelu", "relu", "silu"])
     assert str(caught.value) == ("activation = 'rellu': expected one of gelu, relu, silu "
                                  "(did you mean relu?)")
 
@@ -405,50 +319,28 @@ def test_user_errors_keeps_the_sentence_of_a_value_error():
 
 PRINTABLE = st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"]), max_size=40)
 VALUES = st.one_of(PRINTABLE, st.floats().map(str), st.integers().map(str), st.booleans().map(str))
-# What train.py does before it reads its arguments: settings as users have them.
-TRAIN = (ROOT / "train.py").read_text(encoding="utf-8").partition("\nconfig, given")[0]
+ARGUMENTS = st.lists(max_size=4, elements=st.one_of(
+    PRINTABLE, PRINTABLE.map("--{}".format), st.sampled_from(["--help", "-h", "--", "-", ""]),
+    st.tuples(st.sampled_from(NAMES) | PRINTABLE, VALUES).map("--{0[0]}={0[1]}".format)))
 
 
-def arguments_of(names: list[str]) -> st.SearchStrategy[list[str]]:
-    """Any printable words, some of them with the names of settings, some with sensible values."""
-    return st.lists(st.one_of(
-        PRINTABLE, PRINTABLE.map("--{}".format), st.sampled_from(["--help", "-h", "--", "-", ""]),
-        st.tuples(st.sampled_from(names) | PRINTABLE, VALUES).map("--{0[0]}={0[1]}".format)),
-        max_size=4)
-
-
-def configure_or_refuse(text: str, path: Path, argv: list[str]) -> None:
-    """See a script take any arguments, or end in its own error or help."""
-    namespace = {"__file__": str(path), "__annotations__": {}}
-    exec(text, namespace)
-    kinds = {name: typing.get_args(kind) for name, kind in namespace["__annotations__"].items()}
-    before = dict(namespace)
-    hook = sys.excepthook
+@settings(max_examples=500, deadline=None)
+@given(ARGUMENTS)
+def test_any_arguments_give_values_of_the_right_types_or_a_user_error_or_help(script, argv):
+    namespace = {"__file__": str(script), "__doc__": "", "__annotations__": {}}
+    exec(SCRIPT, namespace)
+    types = {name: typing.get_args(namespace["__annotations__"].get(name))
+             or (type(namespace[name]),) for name in NAMES}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             config, _ = configure(namespace, argv)
-        for name, value in config.items():
-            assert type(value) in kinds.get(name, (type(before[name]),))
-            assert namespace[name] == value
+        assert all(type(config[name]) in types[name] for name in NAMES)
+        assert config == {name: namespace[name] for name in NAMES}
     except UserError as error:
         assert str(error)
     except SystemExit as stop:
         assert stop.code == 0
         assert "--help" in argv or "-h" in argv
-    finally:
-        sys.excepthook = hook
-
-
-@settings(max_examples=300, deadline=None)
-@given(arguments_of(NAMES))
-def test_any_arguments_configure_or_end_in_a_user_error(script, argv):
-    configure_or_refuse(SCRIPT, script, argv)
-
-
-@settings(max_examples=300, deadline=None)
-@given(arguments_of(RELIED_ON["train.py"].split()))
-def test_any_arguments_configure_train_py_or_end_in_a_user_error(argv):
-    configure_or_refuse(TRAIN, ROOT / "train.py", argv)
 
 
 # ------------------------------------------------------------------------------------------- help
@@ -491,22 +383,11 @@ def test_scripts_have_the_settings_that_users_rely_on(path):
     assert set(RELIED_ON[path].split()) - set(shown) == set()
 
 
-@pytest.mark.parametrize("name", ["shakespeare", "shakespeare_char"])
-def test_help_of_the_shakespeare_sets_says_what_their_url_is(name):
-    shown = run(ROOT / "data" / name / "prepare.py", "--help").stdout
-    assert re.search(r"--url='https://\S+' +# where input.txt comes from", shown)
-
-
-def test_a_constant_that_help_does_not_list_is_no_setting():
-    done = run(ROOT / "data/openwebtext/prepare.py", "--END_OF_TEXT=x", "--input=nothing.txt")
-    assert "'END_OF_TEXT' does not exist" in done.stderr
-
-
 # ---------------------------------------------------------------------------- scripts as users run
 
 @pytest.fixture(scope="module")
 def nothing_heavy(tmp_path_factory):
-    """A folder of modules that fail when they are imported, to stand first on PYTHONPATH."""
+    """A folder of modules that fail when they are imported, to go first on PYTHONPATH."""
     folder = tmp_path_factory.mktemp("modules")
     for name in ("torch", "tiktoken", "datasets", "pyarrow", "transformers", "wandb", "requests"):
         (folder / f"{name}.py").write_text("raise RuntimeError(f'{__name__} is heavy')\n")
@@ -529,49 +410,26 @@ def test_a_value_out_of_range_is_one_line_and_status_2_before_torch_is_imported(
     assert done.stderr == "error: dropout = 1.0: expected 0 <= dropout < 1\n"
 
 
-def test_a_bug_of_ours_still_ends_in_a_traceback(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text("from configurator import configure\nconfigure(globals())\n1 / 0\n")
-    done = run(script, PYTHONPATH=str(ROOT))
-    assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert "ZeroDivisionError" in done.stderr
+# Here --log_interval=0, refused when all has been read, ends train.py before it trains.
 
-
-# From here on --log_interval=0, refused when all has been read, ends train.py before it trains.
-
-def test_a_config_file_of_nanogpt_runs_unchanged(write):
+def test_a_config_file_of_nanogpt_is_accepted_unchanged(write):
     done = run(ROOT / "train.py", write(NANOGPT_CONFIG), "--log_interval=0")
     assert done.stderr == "error: log_interval = 0: expected log_interval >= 1\n"
     for changed in ("init_from='gpt2-xl'", "always_save_checkpoint=False", "compile=False",
-                    "gradient_accumulation_steps=32", "device='cpu'"):
+                    "gradient_accumulation_steps=32", "device='cpu'", "wandb_run_name='ft-1"):
         assert changed in done.stdout
-    assert re.search(r"wandb_run_name='ft-\d+\.\d+'", done.stdout)
     assert "max_iters" not in done.stdout  # 6e5 is the default
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in ROOT.glob("config/*.py")))
-def test_every_config_of_the_project_is_accepted(config):
-    done = run(ROOT / "train.py", f"config/{config}", "--log_interval=0")
-    assert done.stderr == "error: log_interval = 0: expected log_interval >= 1\n"
-
-
-def test_from_another_folder_a_config_is_found_beside_the_script(tmp_path):
-    done = run(ROOT / "train.py", "config/finetune_shakespeare.py", "--log_interval=0",
-               cwd=tmp_path)
-    assert "dataset='shakespeare'" in done.stdout
-    assert done.stderr.startswith("error: log_interval = 0")
-
-
-def test_a_config_in_the_current_folder_goes_before_one_beside_the_script(tmp_path):
+def test_a_config_is_found_in_the_current_folder_or_else_in_the_repository(tmp_path):
+    args = [ROOT / "train.py", "config/finetune_shakespeare.py", "--log_interval=0"]
+    assert "dataset='shakespeare'" in run(*args, cwd=tmp_path).stdout
     (tmp_path / "config").mkdir()
     (tmp_path / "config/finetune_shakespeare.py").write_text("dataset = 'mine'\n")
-    done = run(ROOT / "train.py", "config/finetune_shakespeare.py", "--log_interval=0",
-               cwd=tmp_path)
-    assert "settings: dataset='mine' log_interval=0\n" in done.stdout
+    assert "settings: dataset='mine' log_interval=0\n" in run(*args, cwd=tmp_path).stdout
 
 
-# --------------------------------------------------------------------------- the end of a script
+# ------------------------------------------------------------------------------ how a script ends
 
 def write_script(tmp_path: Path, *lines: str) -> Path:
     path = tmp_path / "script.py"
@@ -579,13 +437,6 @@ def write_script(tmp_path: Path, *lines: str) -> Path:
                                "from configurator import configure", "configure(globals())",
                                *lines]))
     return path
-
-
-def test_a_missing_package_is_named_with_how_to_get_it(tmp_path):
-    done = run(write_script(tmp_path, "import no_such_package"))
-    assert done.returncode == 2
-    assert done.stderr == ("error: this needs the package no_such_package: "
-                           "pip install -r requirements.txt\n")
 
 
 def test_characters_that_the_terminal_lacks_are_escaped(tmp_path):
@@ -596,27 +447,32 @@ def test_characters_that_the_terminal_lacks_are_escaped(tmp_path):
     assert done.stdout == "settings: name='caf\\xe9'\ncaf\\xe9\n"
 
 
-@pytest.mark.parametrize("line, words", [
-    ("bytearray(10**18)", "error: out of memory (MemoryError): choose smaller sizes"),
-    ("import numpy; numpy.empty(10**17)", "Unable to allocate 711. PiB"),
-    ("import torch; torch.empty(10**17)", "you tried to allocate 400000000000000000 bytes"),
-    ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.\\nSee')", "2 GiB. See)"),
-])
-def test_too_little_memory_is_told_in_one_line_with_what_to_do(tmp_path, line, words):
+@pytest.mark.parametrize("line, status, words", [
+    ("import no_such", 2, "this needs the package no_such: pip install -r requirements.txt\n"),
+    ("import configurator; raise configurator.RunError('gone')", 1, "gone\n"),
+    ("raise KeyboardInterrupt", 130, "stopped by Ctrl-C\n"),
+    ("import errno; raise OSError(errno.ENOSPC, 'No space', 'a.bin')", 2,
+     "the disk of a.bin is full: make room, and start again\n"),
+    ("bytearray(10**18)", 2, "out of memory (MemoryError): choose smaller sizes, such as batch_s"),
+    ("import numpy; numpy.empty(10**17)", 2, "out of memory (Unable to allocate 711. PiB"),
+    ("import torch; torch.empty(10**17)", 2, "out of memory ([enforce fail at"),
+    ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.\\nSee')", 2,
+     "out of memory (CUDA out of memory. Tried to allocate 2 GiB. See): choose smaller")])
+def test_what_is_no_bug_ends_in_one_line_and_an_exit_status(tmp_path, line, status, words):
     done = run(write_script(tmp_path, line))
-    assert done.returncode == 2
-    assert words in done.stderr and "batch_size" in done.stderr
+    assert done.returncode == status
+    assert done.stderr.startswith(f"error: {words}")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_bug_keeps_its_traceback(tmp_path):
+def test_a_bug_ends_in_a_traceback(tmp_path):
     done = run(write_script(tmp_path, "1 / 0"))
     assert done.returncode == 1
-    assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+    assert done.stderr.startswith("Traceback") and "ZeroDivisionError" in done.stderr
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
-    path = write_script(tmp_path, "for i in range(100000): print(i)")
-    done = subprocess.run(f"{sys.executable} {path} | head -1", shell=True, text=True,
-                          capture_output=True)
+def test_a_closed_pipe_is_no_error(tmp_path):
+    path = write_script(tmp_path, "for i in range(100000): print(i, flush=True)")
+    done = subprocess.run(f"env -u PYTHONUNBUFFERED {sys.executable} {path} | head -1", shell=True,
+                          text=True, capture_output=True)
     assert (done.stdout, done.stderr) == ("0\n", "")

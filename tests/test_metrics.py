@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import records
 
-import metrics
 from configurator import UserError
-from metrics import Metrics, Stopwatch, keep_records_before
-from runtime import Runtime
+from engine import metrics
+from engine.metrics import Metrics, Stopwatch, keep_records_before
+from engine.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), "float32", False)
 CONFIG = {"eval_only": False, "tensorboard_log": False, "wandb_log": False, "max_iters": 8}
@@ -25,8 +26,8 @@ def clock(monkeypatch) -> SimpleNamespace:
 
 
 def step_record(i: int) -> dict:
-    return {"iter": i, "loss": 2.0, "loss_max": 2.25, "lr": 0.1, "grad_norm": 1.0, "bad_steps": 0,
-            "tokens_per_s": 5.0, "mfu": None, "data_ms": 1.0, "seconds": float(i)}
+    return {"iter": i, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 5.0,
+            "mfu": None, "data_ms": 1.0, "seconds": float(i)}
 
 
 def evaluation_record(i: int) -> dict:
@@ -34,67 +35,51 @@ def evaluation_record(i: int) -> dict:
             "val_accuracy": 0.25, "seconds": float(i)}
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def write(folder: Path, *written: dict) -> Path:
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in written))
+    return path
 
 
-def test_phases_are_milliseconds_per_step(clock):
+def test_phases_are_milliseconds_per_step_and_add_up_within_a_step(clock):
     stopwatch = Stopwatch(CPU)
     for data, forward in ((0.5, 2.0), (1.5, 4.0)):
         stopwatch.start()
         clock.now += data
         stopwatch.lap("data_ms")
-        clock.now += forward
-        stopwatch.lap("forward_ms")
-    assert stopwatch.read() == {"data_ms": 1000.0, "forward_ms": 3000.0}
+        for _ in range(3):
+            for phase in ("forward_ms", "backward_ms"):
+                clock.now += forward
+                stopwatch.lap(phase)
+    assert stopwatch.read() == {"data_ms": 1000.0, "forward_ms": 9000.0, "backward_ms": 9000.0}
 
 
-def test_a_phase_that_returns_within_a_step_adds_up(clock):
+def test_time_between_steps_and_before_the_last_reading_does_not_count(clock):
     stopwatch = Stopwatch(CPU)
-    stopwatch.start()
-    for _ in range(3):
-        for phase, duration in (("forward_ms", 1.0), ("backward_ms", 2.0)):
+    for duration in (1.0, 5.0):
+        for _ in range(2):
+            stopwatch.start()
             clock.now += duration
-            stopwatch.lap(phase)
-    assert stopwatch.read() == {"forward_ms": 3000.0, "backward_ms": 6000.0}
-
-
-def test_time_between_steps_does_not_count(clock):
-    stopwatch = Stopwatch(CPU)
-    for _ in range(2):
-        stopwatch.start()
-        clock.now += 1
-        stopwatch.lap("forward_ms")
-        clock.now += 100  # an evaluation
-    assert stopwatch.read() == {"forward_ms": 1000.0}
+            stopwatch.lap("forward_ms")
+            clock.now += 100  # an evaluation
+        assert stopwatch.read() == {"forward_ms": duration * 1e3}
 
 
 def test_on_mps_every_phase_ends_when_its_work_is_done(clock):
-    device = SimpleNamespace(device=torch.device("mps"), synchronize=lambda: work())
+    def synchronize() -> None:
+        clock.now += 2  # the work that was queued
 
-    def work() -> None:
-        clock.now += 2  # what the device had still to do
-
-    stopwatch = Stopwatch(device)
+    stopwatch = Stopwatch(SimpleNamespace(device=torch.device("mps"), synchronize=synchronize))
     stopwatch.start()
     stopwatch.lap("forward_ms")
     assert stopwatch.read() == {"forward_ms": 2000.0}
-
-
-def test_reading_starts_over(clock):
-    stopwatch = Stopwatch(CPU)
-    for duration in (1.0, 5.0):
-        stopwatch.start()
-        clock.now += duration
-        stopwatch.lap("forward_ms")
-        assert stopwatch.read() == {"forward_ms": duration * 1e3}
 
 
 def test_records_go_to_the_file_as_they_come(tmp_path):
     log = Metrics(CPU, str(tmp_path), CONFIG, 0, [])
     log.evaluation(evaluation_record(0))
     log.step(step_record(0))
-    assert lines(tmp_path / "metrics.jsonl") == [evaluation_record(0), step_record(0)]
+    assert records(tmp_path) == [evaluation_record(0), step_record(0)]
     log.close()
 
 
@@ -130,22 +115,21 @@ def test_the_terminal_gets_the_loss_the_speed_and_mfu_when_known(tmp_path, capsy
     assert "42.5%" in with_mfu
 
 
-def test_what_will_be_redone_and_a_cut_line_are_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
+def test_steps_to_be_repeated_and_a_cut_line_are_dropped(tmp_path):
     written = [evaluation_record(0), *map(step_record, range(4)), evaluation_record(4),
                *map(step_record, range(4, 8)), evaluation_record(8)]
-    path.write_text("".join(json.dumps(r) + "\n" for r in written) + '{"iter": 8, "lo')
+    path = write(tmp_path, *written)
+    with open(path, "a") as file:
+        file.write('{"iter": 8, "lo')
     keep_records_before(path, 4, [evaluation_record(0), evaluation_record(4)])
-    assert lines(path) == written[:6]
+    assert records(tmp_path) == written[:6]
     assert path.read_text().endswith("}\n")
 
 
-def test_an_evaluation_that_will_be_made_again_is_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
+def test_an_evaluation_to_be_repeated_is_dropped(tmp_path):
     written = [evaluation_record(0), *map(step_record, range(4)), evaluation_record(4)]
-    path.write_text("".join(json.dumps(r) + "\n" for r in written))
-    keep_records_before(path, 4, [evaluation_record(0)])
-    assert lines(path) == written[:5]
+    keep_records_before(write(tmp_path, *written), 4, [evaluation_record(0)])
+    assert records(tmp_path) == written[:5]
 
 
 @pytest.mark.parametrize("garbage", [
@@ -156,7 +140,7 @@ def test_lines_that_are_no_records_are_dropped(tmp_path, garbage):
     record = json.dumps(step_record(0)).encode()
     path.write_bytes(record + b"\n" + garbage + b"\n" + record + b"\n")
     keep_records_before(path, 4, [])
-    assert lines(path) == [step_record(0)] * 2
+    assert records(tmp_path) == [step_record(0)] * 2
 
 
 def test_a_folder_in_place_of_the_records_is_one_sentence(tmp_path):
@@ -170,4 +154,4 @@ def test_a_resumed_run_appends(tmp_path):
         for i in range(start, start + 5):
             log.step(step_record(i))
         log.close()
-    assert [r["iter"] for r in lines(tmp_path / "metrics.jsonl")] == list(range(8))
+    assert [record["iter"] for record in records(tmp_path)] == list(range(8))

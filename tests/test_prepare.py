@@ -26,17 +26,14 @@ from configurator import UserError
 from data.tokenizer import GPT2Tokenizer, load_meta
 
 SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare/input.txt"
-needs_shakespeare = pytest.mark.skipif(
-    not SHAKESPEARE.exists(), reason="no tinyshakespeare/input.txt in ../shared/data")
 OPENWEBTEXT = "data/openwebtext/prepare.py"
 
 
 @pytest.fixture
 def repo(tmp_path):
-    """A copy of what the prepare scripts need, for they write beside themselves."""
+    """A copy of the files that the prepare scripts need, since they write to their own folders."""
     folder = tmp_path / "repo"
-    for path in ("configurator.py", "data/__init__.py", "data/bins.py", "data/documents.py",
-                 "data/tokenizer.py",
+    for path in ("configurator.py", *glob.glob("data/*.py", root_dir=ROOT),
                  *glob.glob("data/*/prepare.py", root_dir=ROOT)):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, folder / path)
@@ -49,7 +46,7 @@ def prepare():
     spec = importlib.util.spec_from_file_location("openwebtext_prepare", ROOT / OPENWEBTEXT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.tokenizer = GPT2Tokenizer()  # as `start_worker` makes it
+    module.tokenizer = GPT2Tokenizer()  # as start_worker does
     return module
 
 
@@ -58,20 +55,20 @@ def read(path: Path) -> list[int]:
 
 
 def texts(n: int, seed: int = 0) -> list[str]:
-    """Documents that differ, with characters of one to four bytes."""
+    """Different documents, with characters of one to four bytes."""
     rng = random.Random(seed)
     words = ["the", "of", "Straße", "日本", "👩‍👩‍👧", "12,345", "\n\n", "it's", "naïve", "x = 1"]
     return [f"{i}: " + " ".join(rng.choices(words, k=rng.randint(1, 60))) for i in range(n)]
 
 
 def tokens_of(documents: list[str]) -> list[int]:
-    """What a token file of these documents holds, by tiktoken alone."""
+    """The ids in a token file of these documents, by tiktoken alone."""
     gpt2 = tiktoken.get_encoding("gpt2")
     return [i for text in documents for i in (*gpt2.encode_ordinary(text), gpt2.eot_token)]
 
 
 def held_out_by_datasets(n: int, fraction: float, seed: int) -> set[int]:
-    """The documents that the usual pipeline of nanoGPT and its kin holds out."""
+    """The documents that nanoGPT's script, which uses `datasets`, holds out."""
     import datasets
     rows = datasets.Dataset.from_dict({"i": range(n)})
     return set(rows.train_test_split(test_size=fraction, seed=seed, shuffle=True)["test"]["i"])
@@ -89,7 +86,7 @@ def write_parquet(path: Path, documents: list, field: str = "text") -> Path:
 
 
 def refused(done: subprocess.CompletedProcess, out: Path) -> str:
-    """The one line that a run ended in, without output."""
+    """The error of a run, which is one line; it has written no token files."""
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -99,32 +96,25 @@ def refused(done: subprocess.CompletedProcess, out: Path) -> str:
 
 # ------------------------------------------------------------------------------------- Shakespeare
 
-@needs_shakespeare
-def test_shakespeare_characters_have_the_known_counts_and_round_trip(repo):
-    folder = repo / "data/shakespeare_char"
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="no tinyshakespeare in ../shared/data")
+@pytest.mark.parametrize("name, counts", [
+    ("shakespeare_char", (1_003_854, 111_540)), ("shakespeare", (301_966, 36_059))])
+def test_shakespeare_has_the_published_counts_and_decodes_to_its_text(repo, name, counts):
+    folder = repo / "data" / name
     shutil.copy(SHAKESPEARE, folder)
     done = run(folder / "prepare.py", cwd=repo.parent)
     assert (done.returncode, done.stderr) == (0, "")
     assert "1,115,394 characters, 65 distinct" in done.stdout
     train, val = read(folder / "train.bin"), read(folder / "val.bin")
-    assert (len(train), len(val)) == (1_003_854, 111_540)
-    itos = load_meta(folder)["itos"]
-    assert "".join(itos[i] for i in train + val) == SHAKESPEARE.read_text(encoding="utf-8")
+    assert (len(train), len(val)) == counts
+    meta = load_meta(folder)
+    assert (meta is None) == (name == "shakespeare")
+    text = ("".join(map(meta["itos"].get, train + val)) if meta else
+            tiktoken.get_encoding("gpt2").decode(train + val))
+    assert text == SHAKESPEARE.read_text(encoding="utf-8")
 
 
-@needs_shakespeare
-def test_shakespeare_in_gpt2s_encoding_has_the_known_counts_and_round_trips(repo):
-    folder = repo / "data/shakespeare"
-    shutil.copy(SHAKESPEARE, folder)
-    done = run(folder / "prepare.py", cwd=repo.parent)
-    assert (done.returncode, done.stderr) == (0, "")
-    train, val = read(folder / "train.bin"), read(folder / "val.bin")
-    assert (len(train), len(val)) == (301_966, 36_059)
-    assert tiktoken.get_encoding("gpt2").decode(train + val) == SHAKESPEARE.read_text()
-    assert not (folder / "meta.pkl").exists()
-
-
-def test_a_shakespeare_set_takes_any_text_as_input(repo):
+def test_input_txt_may_be_any_text(repo):
     folder = repo / "data/shakespeare_char"
     (folder / "input.txt").write_text("naïve 日本 " * 10, encoding="utf-8")
     done = run(folder / "prepare.py", PYTHONIOENCODING="utf-8")
@@ -134,7 +124,7 @@ def test_a_shakespeare_set_takes_any_text_as_input(repo):
 
 # ------------------------------------------------------------------------------- Python's library
 
-def test_pythons_library_is_10_million_characters_96_distinct_and_round_trips(repo):
+def test_the_standard_library_has_10_million_characters_96_distinct_and_decodes_to_its_text(repo):
     folder = repo / "data/stdlib_char"
     done = run(folder / "prepare.py", cwd=repo.parent)
     assert (done.returncode, done.stderr) == (0, "")
@@ -145,13 +135,13 @@ def test_pythons_library_is_10_million_characters_96_distinct_and_round_trips(re
     assert len(train) == int(0.9 * (len(train) + len(val)))
     codes = np.array([ord(meta["itos"][i]) for i in range(96)], dtype=np.uint8)
     text = codes[np.concatenate([train, val])].tobytes().decode("ascii")
-    for module in (random, glob, json):  # whole, as this very Python reads them
+    for module in (random, glob, json):
         assert Path(module.__file__).read_text() in text
     assert Path(pytest.__file__).read_text() not in text  # of site-packages
     assert "".join(map(meta["itos"].get, val[:1000].tolist())) == text[len(train):][:1000]
 
 
-# ------------------------------------------------------------------ OpenWebText, documents by file
+# ---------------------------------------------------------------------- OpenWebText: the functions
 
 def test_documents_of_each_format_are_those_of_the_file(prepare, tmp_path):
     documents = texts(25)
@@ -168,10 +158,7 @@ def test_documents_of_each_format_are_those_of_the_file(prepare, tmp_path):
 @pytest.mark.parametrize("content", [
     "one", "one<|endoftext|>two", "one<|endoftext|>two<|endoftext|>", "\n<|endoftext|>\none\n",
     "one<|endoftext|> \n<|endoftext|>two\n", "<|endo<|endoftext|>ftext|>"])
-@pytest.mark.parametrize("chunk", [1, 2, 5, 13, 14, 2**20])
-def test_documents_of_a_text_file_stand_between_its_separators(
-        prepare, tmp_path, monkeypatch, content, chunk):
-    monkeypatch.setattr(prepare, "BATCH_BYTES", chunk)
+def test_documents_of_a_text_file_are_between_its_separators(prepare, tmp_path, content):
     (tmp_path / "a.txt").write_text(content)
     expected = [part for part in content.split("<|endoftext|>") if part.strip()]
     assert list(prepare.local_documents(tmp_path / "a.txt")) == expected
@@ -190,7 +177,7 @@ def test_blank_lines_of_a_jsonl_file_are_no_documents(prepare, tmp_path):
     assert prepare.measure(tmp_path / "a.jsonl")[0] == 2
 
 
-def test_documents_go_to_the_half_that_they_are_marked_for(prepare):
+def test_held_out_documents_go_to_val(prepare):
     train, val = prepare.encode([("one", False), ("two", True), ("three", False)])
     assert np.frombuffer(train, "<u2").tolist() == tokens_of(["one", "three"])
     assert np.frombuffer(val, "<u2").tolist() == tokens_of(["two"])
@@ -199,7 +186,7 @@ def test_documents_go_to_the_half_that_they_are_marked_for(prepare):
 @pytest.mark.parametrize("line", [
     b"{", b"", b"[]", b"[" * 100_000, b"5", b"null", b'"text"', b'{"txt": "a"}', b'{"text": 5}',
     b'{"text": null}', b'{"text": "caf\xe9"}'])
-def test_a_line_that_holds_no_document_is_shown(prepare, line):
+def test_a_line_without_a_document_is_refused_and_shown(prepare, line):
     with pytest.raises(UserError, match="expected a document with a field `text`") as caught:
         prepare.encode([(line, False)])
     assert f"{line!r:.80}" in str(caught.value)
@@ -225,13 +212,13 @@ def test_of_openwebtext_4007_documents_are_held_out(prepare):
     assert len(prepare.choose_held_out(8_013_769, 0.0005, 2357)) == 4007
 
 
-# ---------------------------------------------------------------------------- OpenWebText, the run
+# ----------------------------------------------------------------------- OpenWebText: the script
 
 def openwebtext(out: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
     return run(ROOT / OPENWEBTEXT, f"--out_dir={out}", "--num_proc=1", *args, **environment)
 
 
-def test_documents_of_all_formats_flow_in_order_to_one_of_the_two_files(tmp_path):
+def test_documents_of_all_formats_are_written_in_order_to_one_of_the_two_files(tmp_path):
     documents = texts(9600)  # 2 MB: more than one batch
     (tmp_path / "corpus").mkdir()
     write_jsonl(tmp_path / "corpus/a.jsonl", documents[:4000])
@@ -249,7 +236,7 @@ def test_documents_of_all_formats_flow_in_order_to_one_of_the_two_files(tmp_path
     assert "B/s" in done.stdout
 
 
-def test_without_out_dir_the_files_come_to_stand_beside_the_script(repo):
+def test_without_out_dir_the_files_are_written_to_the_folder_of_the_script(repo):
     write_jsonl(repo / "a.jsonl", ["one", "two", "three"])
     done = run(repo / OPENWEBTEXT, "--input=a.jsonl", "--num_proc=1", cwd=repo)
     assert done.returncode == 0, done.stderr
@@ -271,23 +258,29 @@ def test_the_vocabulary_of_an_earlier_character_dataset_is_removed(tmp_path):
     assert not (tmp_path / "meta.pkl").exists()
 
 
-def test_a_disk_too_small_is_noticed_before_anything_is_written(tmp_path):
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules/sitecustomize.py").write_text(
-        "import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(100, 0, 100)\n")
-    path = write_jsonl(tmp_path / "a.jsonl", texts(20))
-    done = openwebtext(tmp_path / "out", f"--input={path}", PYTHONPATH=str(tmp_path / "modules"))
-    last = refused(done, tmp_path / "out")
-    assert "MB free" in last
-    assert "--out_dir=" in last
-    assert "encoding" not in done.stdout
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
+@pytest.mark.parametrize("patch, error", [
+    ("import shutil; shutil.disk_usage = lambda path: shutil._ntuple_diskusage(100, 0, 100)",
+     "MB free"),
+    ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))",
+     "cannot write"),
+    (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data import documents as d\n"
+     "d.measure = lambda path: (9601, 10**6)", "9,600 documents, not 9,601"),
+], ids=["too small a disk", "a disk that fills up", "a source that changes"])
+def test_a_run_that_fails_says_why_and_leaves_no_file(tmp_path, patch, error):
+    (tmp_path / "sitecustomize.py").write_text(patch)
+    path = write_jsonl(tmp_path / "a.jsonl", texts(9600))
+    done = openwebtext(tmp_path / "out", f"--input={path}", PYTHONPATH=str(tmp_path))
+    assert error in refused(done, tmp_path / "out")
+    assert ("encoding" in done.stdout) == (error != "MB free")
+    assert not (tmp_path / "out").exists()
 
 
-# ----------------------------------------------------------------------- OpenWebText, cut short
+# ------------------------------------------------------------------- OpenWebText: interrupted runs
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """120 MB of JSON lines: many seconds of work."""
+    """120 MB of JSON lines, which take many seconds."""
     documents = texts(20_000)
     path = write_jsonl(tmp_path_factory.mktemp("large") / "large.jsonl", documents)
     path.write_bytes(path.read_bytes() * (120_000_000 // path.stat().st_size + 1))
@@ -295,8 +288,8 @@ def large(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def under_way(large: Path, out: Path, **environment: str) -> Iterator[subprocess.Popen]:
-    """A run that has begun to write, in a process group of its own; ended afterwards."""
+def running(large: Path, out: Path, **environment: str) -> Iterator[subprocess.Popen]:
+    """A run that has started to write, in a process group of its own; killed at the end."""
     process = subprocess.Popen(
         [sys.executable, ROOT / OPENWEBTEXT, f"--input={large}", f"--out_dir={out}"],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -313,8 +306,8 @@ def under_way(large: Path, out: Path, **environment: str) -> Iterator[subprocess
         process.communicate()
 
 
-def alive(group: int) -> list[str]:
-    """The processes of a group that are not ended, by their command."""
+def live_processes(group: int) -> list[str]:
+    """The commands of the processes of a group that are still running."""
     found = []
     for stat in glob.glob("/proc/[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -324,10 +317,10 @@ def alive(group: int) -> list[str]:
     return found
 
 
-def test_ctrl_c_leaves_the_earlier_files_and_nothing_beside_them(large, tmp_path):
+def test_ctrl_c_leaves_the_earlier_files_and_no_temporary_ones(large, tmp_path):
     for name in ("train.bin", "val.bin"):
         (tmp_path / name).write_bytes(b"old")
-    with under_way(large, tmp_path) as process:
+    with running(large, tmp_path) as process:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
         process.communicate(timeout=60)
         assert process.returncode != 0
@@ -337,29 +330,29 @@ def test_ctrl_c_leaves_the_earlier_files_and_nothing_beside_them(large, tmp_path
 
 @pytest.fixture(scope="module")
 def killed(large, tmp_path_factory):
-    """What a run kept on disk when it was killed, and the workers that went on without it."""
+    """The out_dir of a killed run, the bytes in its cache folders, and the surviving workers."""
     folder = tmp_path_factory.mktemp("killed")
     caches = {name: folder / name for name in ("TMPDIR", "HF_HOME", "XDG_CACHE_HOME")}
     for path in (folder / "out", *caches.values()):
         path.mkdir()
-    with under_way(large, folder / "out", **{k: str(v) for k, v in caches.items()}) as process:
+    with running(large, folder / "out", **{k: str(v) for k, v in caches.items()}) as process:
         process.kill()
         process.wait()
         until = time.monotonic() + 5
-        while (workers := alive(process.pid)) and time.monotonic() < until:
+        while (workers := live_processes(process.pid)) and time.monotonic() < until:
             time.sleep(0.02)
-    beside = sum(path.stat().st_size for cache in caches.values() for path in cache.rglob("*"))
-    return folder / "out", beside, workers
+    cached = sum(path.stat().st_size for cache in caches.values() for path in cache.rglob("*"))
+    return folder / "out", cached, workers
 
 
-def test_a_run_under_way_keeps_nothing_on_disk_but_its_output(killed):
-    out, beside, _ = killed
+def test_a_run_keeps_nothing_on_disk_but_its_output(killed):
+    out, cached, _ = killed
     assert {path.name for path in out.iterdir()} == {"train.bin.tmp", "val.bin.tmp"}
-    assert beside < 2**20
+    assert cached < 2**20
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find processes")
-def test_no_worker_outlives_a_killed_run(killed):
+def test_no_worker_survives_a_killed_run(killed):
     assert killed[2] == []
 
 
@@ -372,17 +365,15 @@ def test_a_run_that_was_killed_can_be_started_again(killed, tmp_path):
     assert sorted(ids) == sorted([tokens_of(["one"]), tokens_of(["two"])])
 
 
-# ----------------------------------------------------------------------------- OpenWebText, the hub
+# ----------------------------------------------------------------------------- OpenWebText: the hub
 
-def test_without_a_network_the_error_names_all_that_was_tried(tmp_path):
-    last = refused(openwebtext(tmp_path, HF_HUB_OFFLINE="1"), tmp_path)
-    assert "Skylion007/openwebtext" in last
-    assert "main (" in last
-    assert "refs/convert/parquet (" in last
-    assert "--input=" in last
+def test_without_a_network_the_error_names_all_revisions_that_were_tried(tmp_path):
+    error = refused(openwebtext(tmp_path, HF_HUB_OFFLINE="1"), tmp_path)
+    for word in ("Skylion007/openwebtext", "main (", "refs/convert/parquet (", "--input="):
+        assert word in error
 
 
-def test_where_main_does_not_answer_the_converted_parquet_does(prepare, tmp_path, monkeypatch):
+def test_if_main_does_not_load_the_converted_parquet_is_used(prepare, tmp_path, monkeypatch):
     import datasets
     documents = texts(20)
     path = write_parquet(tmp_path / "a.parquet", documents)
@@ -402,9 +393,8 @@ def test_where_main_does_not_answer_the_converted_parquet_does(prepare, tmp_path
                      ("Skylion007/openwebtext", "refs/convert/parquet")]
 
 
-@pytest.mark.parametrize("error", [
-    RuntimeError("no scripts\nmore lines"), ConnectionError(), TimeoutError("slow")], ids=repr)
-def test_whatever_ails_the_hub_is_told_in_one_line(prepare, monkeypatch, error):
+@pytest.mark.parametrize("error", [RuntimeError("no scripts\nmore"), TimeoutError()], ids=repr)
+def test_any_error_of_the_hub_is_reported_in_one_line(prepare, monkeypatch, error):
     import datasets
 
     def load_dataset(*args, **arguments) -> None:
@@ -418,11 +408,10 @@ def test_whatever_ails_the_hub_is_told_in_one_line(prepare, monkeypatch, error):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("error", [ConnectionError("Disconnected"), TimeoutError()], ids=repr)
-def test_a_hub_that_stops_answering_is_told_in_a_sentence(prepare, error):
+def test_a_hub_that_stops_answering_is_reported_in_a_sentence(prepare):
     def rows() -> Iterator[dict]:
         yield {"text": "one"}
-        raise error
+        raise ConnectionError("Disconnected")
 
     documents = prepare.hub_documents(rows())
     assert next(documents) == "one"
@@ -431,28 +420,8 @@ def test_a_hub_that_stops_answering_is_told_in_a_sentence(prepare, error):
 
 
 def test_the_size_of_parquet_is_that_of_its_text(prepare, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-    table = {"text": ["one two"] * 100, "other": [str(i) * 1000 for i in range(100)]}
-    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    table = pa.table({"text": ["one two"] * 100, "other": [str(i) * 1000 for i in range(100)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     n_documents, n_bytes = prepare.measure(tmp_path / "a.parquet")
     assert n_documents == 100
     assert n_bytes < 2000
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a small disk")
-def test_a_disk_that_fills_up_is_told_and_nothing_is_left_on_it(tmp_path):
-    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=4_000_000)
-    documents = ["".join(letters[i:i + 4000]) for i in range(0, len(letters), 4000)]
-    write_jsonl(tmp_path / "a.jsonl", documents)  # its ids take more than half as many bytes
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk]).returncode:
-        pytest.skip("no mounting here")
-    try:
-        done = openwebtext(disk, f"--input={tmp_path / 'a.jsonl'}")
-        assert done.returncode == 2
-        assert "No space left on device" in done.stderr.splitlines()[-1]
-        assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", disk])

@@ -1,29 +1,28 @@
-"""What is chosen for the machine, on machines that pretend to be others."""
+"""Device, precision and compilation, chosen on simulated machines; peaks; seeds."""
 
 import itertools
-import signal
 
 import pytest
 import torch
 
-import runtime
 from configurator import UserError
-from runtime import Runtime, StopSignals, choose_compile, choose_device, choose_dtype, seed_torch
+from engine import runtime
+from engine.runtime import Runtime, choose_compile, choose_device, choose_dtype
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Makes torch say what another machine has."""
-    def pretend(cuda: int = 0, mps: bool = False, bf16: bool = False, **cpu: bool) -> None:
+    """Makes torch report the hardware of another machine."""
+    def simulate(cuda: int = 0, mps: bool = False, bf16: bool = False, **cpu: bool) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                             lambda including_emulation=True: bf16 or including_emulation)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
-    return pretend
+    return simulate
 
 
 # ------------------------------------------------------------------------------------- device
@@ -56,24 +55,20 @@ def test_a_device_that_is_not_there_is_refused(machine, device, words):
 
 # ---------------------------------------------------------------------------------- precision
 
-@pytest.mark.parametrize("has, expected", [
-    ({}, "float32"), ({"amx_bf16": True}, "bfloat16"), ({"avx512_bf16": True}, "bfloat16"),
-    ({"avx512": True, "avx2": True, "amx_bf16": False}, "float32")])
-def test_a_cpu_gets_bfloat16_where_it_multiplies_it(machine, has, expected):
+AMX = {"amx_bf16": True}
+
+
+@pytest.mark.parametrize("device, has, n_embd, expected", [
+    (CPU, {}, 256, "float32"), (CPU, AMX, 256, "bfloat16"),
+    (CPU, {"avx512_bf16": True}, 256, "bfloat16"),
+    (CPU, {"avx512": True, "avx2": True, "amx_bf16": False}, 256, "float32"),
+    (CPU, AMX, 255, "float32"),  # narrow
+    (CUDA, {"cuda": 1, "bf16": True}, 255, "bfloat16"),
+    (CUDA, {"cuda": 1} | AMX, 768, "float16")])  # in emulation only; whatever the CPU has
+def test_bfloat16_is_chosen_where_the_hardware_multiplies_it_but_for_narrow_models_on_a_cpu(
+        machine, device, has, n_embd, expected):
     machine(**has)
-    assert choose_dtype(None, CPU, n_embd=256) == expected
-
-
-@pytest.mark.parametrize("device, expected", [(CPU, "float32"), (CUDA, "bfloat16")])
-def test_a_narrow_model_gets_float32_on_a_cpu_alone(machine, device, expected):
-    machine(cuda=1, bf16=True, amx_bf16=True)
-    assert choose_dtype(None, device, n_embd=255) == expected
-
-
-@pytest.mark.parametrize("bf16, expected", [(True, "bfloat16"), (False, "float16")])
-def test_a_gpu_gets_bfloat16_where_it_multiplies_it_without_emulation(machine, bf16, expected):
-    machine(cuda=1, bf16=bf16, amx_bf16=True)  # whatever the CPU beside it can do
-    assert choose_dtype(None, CUDA, n_embd=768) == expected
+    assert choose_dtype(None, device, n_embd) == expected
 
 
 def test_a_precision_asked_for_is_taken(machine):
@@ -105,14 +100,14 @@ def test_a_gpu_is_set_by_its_number(machine, monkeypatch):
 
 @pytest.fixture
 def compilers(monkeypatch, tmp_path):
-    """Makes these programs all that there is."""
-    def pretend(*names: str) -> None:
+    """Makes these programs the only ones on the PATH."""
+    def simulate(*names: str) -> None:
         for name in names:
             (tmp_path / name).touch(mode=0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
         for variable in ("CC", "CXX"):
             monkeypatch.delenv(variable, raising=False)
-    return pretend
+    return simulate
 
 
 @pytest.mark.parametrize("there, device, expected", [
@@ -180,42 +175,16 @@ def test_a_peak_is_that_of_the_very_device_or_unknown(monkeypatch, name, dtype, 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     peak = Runtime(CUDA, dtype, False).peak_flops()
     assert peak == (tflops and pytest.approx(tflops * 1e12, rel=1e-3))
+    assert Runtime(CPU, dtype, False).peak_flops() is None
 
 
-def test_the_peak_of_a_cpu_is_unknown():
-    assert Runtime(CPU, "float32", False).peak_flops() is None
-
-
-# ------------------------------------------------------------------------------ seeds, signals
+# ------------------------------------------------------------------------------ seeds
 
 def test_torch_is_seeded_by_every_part_of_the_key():
     def drawn(*key: int) -> float:
-        seed_torch(*key)
+        runtime.seed_torch(*key)
         return torch.rand(()).item()
 
     keys = list(itertools.product(range(2), [0, 1337], [0, 1, 2**33], range(3)))
     assert len({drawn(*key) for key in keys}) == len(keys)
     assert [drawn(*key) for key in keys] == [drawn(*key) for key in keys]
-
-
-@pytest.fixture
-def restored_signals():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_noted(restored_signals, number):
-    signals = StopSignals(Runtime(CPU, "float32", False))
-    assert signals.agreed() == 0
-    signal.raise_signal(number)
-    assert signals.agreed() == number
-
-
-def test_a_second_ctrl_c_stops_at_once(restored_signals):
-    StopSignals(Runtime(CPU, "float32", False))
-    signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)

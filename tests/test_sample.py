@@ -1,4 +1,4 @@
-"""sample.py, run as users run it: prompts, streaming, stopping, which weights, refusals."""
+"""sample.py as users run it: prompts, streaming, stop tokens, and which weights it loads."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import torch
 import transformers
 from conftest import ROOT, run
 
-from checkpoint import save
 from data.tokenizer import CharTokenizer
+from engine.checkpoint import save
 from model import GPT, GPTConfig
 
 TEXT = "to be, or not to be: that is the question.\n"
@@ -26,8 +26,8 @@ def random_model() -> GPT:
     return gpt.eval()
 
 
-def model_that_says(char: str) -> GPT:
-    """A model for which one character always is the likeliest by far."""
+def model_that_repeats(char: str) -> GPT:
+    """A model whose most likely next character is always `char`."""
     gpt = GPT(GPTConfig(block_size=16, vocab_size=META["vocab_size"], n_layer=1, n_head=1,
                         n_embd=4))
     for p in gpt.parameters():
@@ -38,30 +38,28 @@ def model_that_says(char: str) -> GPT:
 
 
 def save_run(path: Path, gpt: GPT) -> None:
-    args = {name: getattr(gpt.config, name) for name in (
-        "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "activation")}
-    save(path, {"model": gpt.state_dict(), "model_args": args, "meta": META, "iter_num": 1,
-                "best_val_loss": 1.0, "config": {}})
+    save(path, {"model": gpt.state_dict(), "model_args": gpt.config.to_model_args(), "meta": META,
+                "iter_num": 1, "best_val_loss": 1.0, "config": {}})
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
-    """A run whose ckpt.pt is the random model, and whose best.pt says only "q"."""
+    """A run whose ckpt.pt is the random model, and whose best.pt repeats "q"."""
     folder = tmp_path_factory.mktemp("out")
     save_run(folder / "ckpt.pt", random_model())
-    save_run(folder / "best.pt", model_that_says("q"))
+    save_run(folder / "best.pt", model_that_repeats("q"))
     return folder
 
 
 def sample(*args: str | Path) -> str:
-    """What sample.py prints below its line about the machine."""
+    """What sample.py prints after its line about the device."""
     done = run(ROOT / "sample.py", "--device=cpu", "--dtype=float32", *args)
     assert done.returncode == 0, done.stderr
     return done.stdout.partition("process\n")[2]
 
 
 def expected(num_samples: int, seed: int, **options) -> list[str]:
-    """What the random model continues PROMPT with, drawn here."""
+    """Continuations of PROMPT by the random model, sampled in this process."""
     gpt, tokenizer = random_model(), CharTokenizer(META)
     idx = torch.tensor([tokenizer.encode(PROMPT)] * num_samples)
     torch.manual_seed(seed)
@@ -69,7 +67,7 @@ def expected(num_samples: int, seed: int, **options) -> list[str]:
     return [tokenizer.decode(row) for row in rows]
 
 
-def test_samples_are_drawn_as_one_batch_and_repeat_for_a_seed(out):
+def test_samples_are_those_of_generate_with_the_seed_and_the_options(out):
     texts = sample(f"--out_dir={out}", "--checkpoint=ckpt.pt", f"--start={PROMPT}",
                    "--num_samples=3", "--max_new_tokens=40", "--seed=7", "--top_k=5",
                    "--temperature=1.3", "--top_p=0.9", "--repetition_penalty=1.1")
@@ -77,7 +75,7 @@ def test_samples_are_drawn_as_one_batch_and_repeat_for_a_seed(out):
         *expected(3, 7, top_k=5, temperature=1.3, top_p=0.9, repetition_penalty=1.1), ""]
 
 
-def test_a_single_sample_of_a_prompt_from_a_file_streams_what_a_batch_would_hold(out, tmp_path):
+def test_a_single_sample_of_a_prompt_from_a_file_streams_the_same_text_as_a_batch(out, tmp_path):
     (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
     text = sample(f"--out_dir={out}", "--checkpoint=ckpt.pt", "--num_samples=1",
                   f"--start=FILE:{tmp_path / 'prompt.txt'}", "--max_new_tokens=40")
@@ -85,7 +83,7 @@ def test_a_single_sample_of_a_prompt_from_a_file_streams_what_a_batch_would_hold
     assert text == row + "\n"
 
 
-def test_a_sample_ends_with_the_stop_text(out):
+def test_a_sample_ends_with_the_stop_token(out):
     texts = sample(f"--out_dir={out}", "--checkpoint=ckpt.pt", f"--start={PROMPT}", "--stop=o",
                    "--num_samples=3", "--max_new_tokens=40", "--seed=7")
     rows = [text.removeprefix(PROMPT) for text in texts.split("\n---------------\n")[:3]]
@@ -94,7 +92,7 @@ def test_a_sample_ends_with_the_stop_text(out):
     assert any(len(row) < 40 for row in rows)
 
 
-def test_best_is_preferred(out):
+def test_best_pt_is_preferred(out):
     text = sample(f"--out_dir={out}", "--start=t", "--num_samples=1", "--max_new_tokens=6")
     assert text == "t" + 6 * "q" + "\n"
 

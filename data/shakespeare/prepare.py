@@ -1,9 +1,9 @@
-"""Tiny Shakespeare in GPT-2's BPE: 301,966 tokens to train on, 36,059 to validate.
+"""Tiny Shakespeare in GPT-2's BPE: 301,966 training and 36,059 validation tokens.
 
     python data/shakespeare/prepare.py
 
-Reads input.txt in this folder, downloading it if it is not there: put another text in its place
-to fine-tune on that one. Writes train.bin and val.bin here.
+Reads input.txt in this folder, which is downloaded if it does not exist: replace it to fine-tune
+on another text. Writes train.bin and val.bin here.
 """
 
 import sys

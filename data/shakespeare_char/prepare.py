@@ -1,9 +1,9 @@
-"""Tiny Shakespeare, one token per character: 1,003,854 to train on, 111,540 to validate.
+"""Tiny Shakespeare, one token per character: 1,003,854 training and 111,540 validation tokens.
 
     python data/shakespeare_char/prepare.py
 
-Reads input.txt in this folder, downloading it if it is not there: put another text in its place
-to learn that one. Writes train.bin, val.bin and meta.pkl here.
+Reads input.txt in this folder, which is downloaded if it does not exist: replace it to train on
+another text. Writes train.bin, val.bin and meta.pkl here.
 """
 
 import sys

@@ -1,18 +1,19 @@
 #!/bin/sh
-# What each setting of the modern recipe is worth, at the small CPU size: each row adds one setting
-# to the rows before it. 3 seeds, once with 200 iterations each and once with as many as the last
-# row's 200 take. On 2 cores of a 2.8 GHz Xeon, 20 minutes or more.
+# Ablation of the modern recipe at the small CPU size: each row adds one setting to the rows before
+# it. 3 seeds, once with 200 iterations each, and once with as many as take the same time as the last
+# row's 200. On 2 cores of a 2.8 GHz Xeon, 20 minutes or more.
 #
 #   python data/shakespeare_char/prepare.py
-#   sh config/ablation.sh
+#   sh docs/ablation.sh
 #
-# Runs go to out-ablation/, which must not be there; the table is printed from their metrics.jsonl.
+# Runs go to out-ablation/, which must not exist; the table is printed from their metrics.jsonl.
 set -eu
+cd "$(dirname "$0")/.."
 mkdir out-ablation
 
 cat > out-ablation/rows <<'ROWS'
 classic --warmup_iters=20
-linear --schedule=linear --decay_fraction=0.7 --min_lr=0
+linear --schedule=linear --cooldown_frac=0.7 --min_lr=0
 muon --optimizer=muon --muon_momentum=0.85 --learning_rate=8e-3
 rotary --positions=rotary
 qk_norm --qk_norm=True
@@ -21,7 +22,7 @@ untied --tie_weights=False
 smear --smear=True
 ROWS
 
-sweep() {  # the folder of a pass, and how many iterations a row has there
+sweep() {  # name of the sweep; command that prints the number of iterations of a row
     settings=
     while read -r row added; do
         settings="$settings $added"

@@ -1,0 +1,1 @@
+"""What keeps a run alive and fast; a first-time reader may skip it."""

@@ -1,0 +1,263 @@
+"""Checkpoints: what they hold, how they survive a crash, and how a run resumes from them.
+
+A checkpoint is a file of torch.save with a dict: model, optimizer, scaler (state dicts), model_args
+(of GPTConfig), config (settings), iter_num (steps done), best_val_loss, history (the records of all
+evaluations), meta (the vocabulary of a character model, else None), seconds (of training so far)
+and bad_steps (consecutive steps skipped up to now). Files with only model, optimizer, model_args,
+iter_num, best_val_loss and config, as other minimal GPT trainers write them, are read too.
+"""
+
+import copy
+import fnmatch
+import math
+import os
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from configurator import RENAMED, UserError, check_choice, fit_types, print0
+from data.bins import atomic_write, dataset_folder
+from data.tokenizer import check_meta, load_meta
+from engine.runtime import choose_device, choose_dtype
+from model import GPT, HF_REPOSITORIES, GPTConfig
+
+LATEST, BEST, NUMBERED = "ckpt.pt", "best.pt", "ckpt_[0-9]*.pt"
+GPT2_VOCAB_SIZE = 50257
+TYPES = {"model": dict, "model_args": dict, "config": dict, "iter_num": int, "history": list}
+NEW_RUN = {"iter_num": 0, "best_val_loss": math.inf, "history": [], "seconds": 0.0, "bad_steps": 0}
+START_SETTINGS = {"init_from", "out_dir", "eval_only"}  # these two kinds are not restored
+MACHINE_SETTINGS = {"device", "backend", "compile"}
+
+
+# ------------------------------------------------------------------------------------ one file
+
+def numbered_name(iter_num: int) -> str:
+    """File name of a checkpoint that is kept."""
+    return f"ckpt_{iter_num:08d}.pt"
+
+
+def save(path: Path, contents: dict) -> None:
+    """Write a checkpoint atomically. Raises UserError if the disk refuses."""
+    with atomic_write(path) as file:
+        try:
+            torch.save(contents, file)
+        except RuntimeError as error:  # torch raises it on top of the disk's error
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def load(path: Path, mmap: bool = False) -> dict:
+    """Read a checkpoint onto the CPU without running code from it; with mmap, tensors lazily.
+
+    Returns its contents with NEW_RUN for what it lacks, and its `path`.
+    Raises UserError if it cannot be read, is damaged, or is not a checkpoint.
+    """
+    try:
+        _verify_checksums(path, skip_tensors=mmap)
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no checkpoint {path}: train first, or give another path") from None
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror or error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises nearly anything for a damaged file
+        raise UserError(f"cannot read checkpoint {path} ({type(error).__name__}): it is damaged, "
+                        f"no checkpoint, or holds more than plain data") from None
+    missing = {"model", "model_args"} - (contents.keys() if isinstance(contents, dict) else set())
+    wrong = [f"it lacks {' and '.join(sorted(missing))}"] if missing else [
+        f"its {name} is {type(contents[name]).__name__}, not {kind.__name__}"
+        for name, kind in TYPES.items() if not isinstance(contents.get(name, kind()), kind)]
+    if wrong:
+        raise UserError(f"{path} is no checkpoint: {', '.join(wrong)}; give one that train.py "
+                        f"wrote")
+    if contents.get("meta"):
+        check_meta(contents["meta"], path)
+    return copy.deepcopy(NEW_RUN) | contents | {"path": path}
+
+
+def _verify_checksums(path: Path, skip_tensors: bool) -> None:
+    """Raise an error if the bytes of a checkpoint are not those that were written.
+
+    A checkpoint is a zip archive with a CRC-32 of each record, which torch does not compare.
+    """
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":  # the format before torch 1.6, which has no checksums
+            return
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.external_attr & 0x10:  # torch skips the data of a directory
+                raise zipfile.BadZipFile(f"{info.filename} is marked as a directory")
+            if not (skip_tensors and "/data/" in info.filename):
+                archive.read(info)  # raises BadZipFile if the checksum differs
+
+
+# ----------------------------------------------------------------------------------- which file
+
+def latest(out_dir: str) -> tuple[Path | None, int]:
+    """The checkpoint of a run with the most steps done, and their number; (None, -1) without one.
+
+    Raises UserError if one is damaged, since it may have been the latest.
+    """
+    folder = Path(out_dir)
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        raise UserError(f"cannot read out_dir = {out_dir!r}: {error.strerror}") from None
+    numbered = sorted(fnmatch.filter(names, NUMBERED))
+    steps = {}
+    for path in (folder / name for name in (LATEST, BEST, *numbered[-1:]) if name in names):
+        try:
+            steps[path] = load(path, mmap=True)["iter_num"]
+        except UserError as error:
+            raise UserError(f"{error}; to resume from another in {folder}, move it away") from None
+    path = max(steps, key=steps.get, default=None)
+    return path, steps.get(path, -1)
+
+
+def load_to_resume(out_dir: str, init_from: str) -> dict | None:
+    """The checkpoint that init_from = resume or auto asks for, or None for a new run."""
+    if init_from not in ("resume", "auto"):
+        return None
+    path, _ = latest(out_dir)
+    if path is None and init_from == "resume":
+        raise UserError(f"nothing to resume: {out_dir} has neither {LATEST} nor {BEST}; use "
+                        f"--init_from=auto to start in that case")
+    return load(path) if path else None
+
+
+def path_to_sample(out_dir: str) -> Path:
+    """The checkpoint with the lowest validation loss, or else the latest."""
+    best = Path(out_dir) / BEST
+    return best if os.path.exists(best) else Path(out_dir) / LATEST
+
+
+# ------------------------------------------------------------------------- model and vocabulary
+
+def load_pretrained(name_or_path: str, dropout: float = 0.0) -> tuple[GPT, dict | None]:
+    """A trained model, and the vocabulary of its tokenizer (None for GPT-2 BPE).
+
+    name_or_path: a checkpoint, a run's out_dir, or what `GPT.from_pretrained` takes.
+    Raises UserError or ValueError if there is no such model.
+    """
+    path = Path(name_or_path)
+    if os.path.exists(path_to_sample(name_or_path)):
+        path = path_to_sample(name_or_path)
+    if os.path.isfile(path):
+        contents = load(path)
+        return GPT.from_checkpoint(contents, {"dropout": dropout}, path), meta_of(contents)
+    if path.suffix == ".pt" or (not os.path.isdir(path) and name_or_path not in HF_REPOSITORIES
+                                and "/" not in name_or_path):
+        check_choice("init_from", name_or_path, [
+            "scratch", "resume", "auto", *HF_REPOSITORIES, "a checkpoint", "a folder",
+            "owner/name on the Hugging Face hub"])
+    return GPT.from_pretrained(name_or_path, {"dropout": dropout}), None
+
+
+def meta_of(contents: dict) -> dict | None:
+    """The vocabulary of a checkpoint; if another trainer saved none, that of its dataset."""
+    if "meta" in contents:
+        return contents["meta"]
+    dataset = contents.get("config", {}).get("dataset")
+    meta = load_meta(dataset_folder(dataset)) if dataset else None
+    if meta is None and contents["model_args"]["vocab_size"] < GPT2_VOCAB_SIZE:
+        raise UserError(f"{contents['path']} names no vocabulary, and its dataset {dataset!r} is "
+                        f"not here: prepare that first")
+    return meta
+
+
+def check_tokenizer(saved: dict | None, meta: dict | None, source: object, dataset: str) -> None:
+    """Raise UserError unless a model and a dataset have the same vocabulary (None: GPT-2 BPE)."""
+    if (saved and saved["stoi"]) == (meta and meta["stoi"]):
+        return
+    ours, theirs = [f"{m['vocab_size']} characters" if m else "GPT-2's BPE" for m in (saved, meta)]
+    raise UserError(f"{source} was trained on {ours}, but the dataset {dataset} is in "
+                    f"{theirs if theirs != ours else 'other characters'}: "
+                    f"choose a dataset of the same tokenizer")
+
+
+def check_shape(overrides: dict, config: GPTConfig, source: object) -> None:
+    """Raise UserError if settings ask for another architecture than that of a loaded model."""
+    for name, value in asdict(config).items():
+        if name not in ("block_size", "dropout") and overrides.get(name, value) != value:
+            raise UserError(f"{name} = {overrides[name]!r}, but the model of {source} has "
+                            f"{value!r}: leave it out, or use --init_from=scratch")
+
+
+# ---------------------------------------------------------------------------------- resuming
+
+def restore_settings(settings: dict, config: dict, overrides: dict, contents: dict) -> dict:
+    """The settings of a resumed run: the checkpoint's, except those given again (overrides) and
+    those that describe a machine. Prints what is restored and what is not.
+
+    settings: the script's globals(). Raises UserError if the architecture would change.
+    """
+    path = contents["path"]
+    in_file = {RENAMED.get(name, name): value for name, value in contents.get("config", {}).items()}
+    in_file = {name: in_file[name] for name in in_file.keys() & config.keys() - START_SETTINGS}
+    restored = fit_types(settings, {
+        name: value for name, value in in_file.items()
+        if name not in overrides and name not in MACHINE_SETTINGS}, path)
+    try:
+        model_config = GPTConfig.from_model_args(contents["model_args"])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    shape = asdict(model_config)
+    check_shape(overrides, model_config, path)
+    if overrides.get("block_size", shape["block_size"]) != shape["block_size"]:
+        raise UserError(f"block_size = {overrides['block_size']}, but the run in {path} has "
+                        f"{shape['block_size']}: leave it out to resume, or start a new run from "
+                        f"its weights with --init_from={path}")
+    restored |= {name: shape[name] for name in shape if name in config and name != "dropout"}
+    try:
+        choose_dtype(restored.get("dtype"), choose_device(config["device"]), shape["n_embd"])
+    except UserError:  # this machine does not have that precision
+        restored.pop("dtype", None)
+    result = config | restored
+    same = [f"{name}={value!r}" for name, value in restored.items() if value != config[name]]
+    other = [f"{name}={value!r}" for name, value in in_file.items()
+             if value is not None and value != result[name]]
+    for words, settings in (("from the checkpoint:", same), ("in the checkpoint, but not restored:",
+                                                             other)):
+        if settings:
+            print0(words, *sorted(settings))
+    return result
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                   contents: dict) -> None:
+    """Restore the state of the optimizer and the gradient scaler; hyperparameters stay current.
+
+    Parameters are matched by name; a file without names has them in the order of our groups.
+    Raises UserError if the state is of another model or optimizer.
+    """
+    saved, path = contents.get("optimizer"), contents["path"]
+    new_run = f"start a new run from its weights with --init_from={path}"
+    if saved is None:
+        raise UserError(f"{path} has no optimizer state to resume with: {new_run}")
+    try:
+        params = [(name, p, "momentum" if "momentum" in group else "exp_avg")
+                  for group in optimizer.param_groups
+                  for name, p in zip(group["param_names"], group["params"], strict=True)]
+        saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
+        names = [name for group in saved["param_groups"] for name in group.get("param_names", [])]
+        saved_id = dict(zip(names or [name for name, _, _ in params], saved_ids, strict=True))
+        if saved_id.keys() != {name for name, _, _ in params}:
+            raise ValueError("it is of other parameters")
+        state = {}
+        for i, (name, p, key) in enumerate(params):
+            if saved_id[name] in saved["state"]:
+                state[i] = saved["state"][saved_id[name]]
+                if state[i][key].shape != p.shape:
+                    raise ValueError(f"{key} of {name} is {tuple(state[i][key].shape)}, not "
+                                     f"{tuple(p.shape)}")
+        optimizer.load_state_dict(
+            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if contents.get("scaler"):
+            scaler.load_state_dict(contents["scaler"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path}: its optimizer state does not fit ({type(error).__name__}: "
+                        f"{error}): {new_run}") from None

@@ -1,0 +1,102 @@
+"""Muon: momentum SGD whose updates are orthogonalized, for the matrices of the blocks.
+
+The method is Keller Jordan's (https://kellerjordan.github.io/posts/muon), as in torch.optim.Muon.
+Here matrices of one shape are processed as a batch, processes share the work, and AdamW for the
+other parameters is part of the same optimizer, so that a run has one optimizer state.
+"""
+
+import torch
+import torch.distributed as dist
+
+from model import GPT
+
+NS_STEPS = 5
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic polynomial: steep at 0
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for parameter groups that have a `momentum`, fused AdamW for the others.
+
+    A Muon group has lr, momentum, weight_decay (decoupled, as in AdamW), n_splits (the number of
+    matrices stacked in a parameter: 3 for queries, keys, values) and dtype (of Newton-Schulz).
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step. The gradients of Muon's parameters are freed."""
+        batches: dict[tuple, list] = {}  # (matrix, update, group) by shape and dtype
+        for group in self.param_groups:
+            for p in group["params"] if "momentum" in group else []:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:  # AdamW expects a "step" in all states that it loads
+                    state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
+                state["step"] += 1
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov momentum
+                p.grad = None  # so that AdamW skips p
+                n = group["n_splits"]
+                for matrix, u in zip(p.chunk(n), update.chunk(n), strict=True):
+                    u = u if u.size(0) <= u.size(1) else u.t()  # wide: fewer FLOPs
+                    batches.setdefault((u.shape, group["dtype"]), []).append((matrix, u, group))
+        for (_, dtype), batch in batches.items():
+            updates = newton_schulz_sharded(torch.stack([u for _, u, _ in batch]), dtype)
+            for (matrix, _, group), u in zip(batch, updates, strict=True):
+                rows, columns = matrix.shape
+                u = u if rows <= columns else u.t()
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(u * (group["lr"] * max(1, rows / columns) ** 0.5))
+        super().step()
+
+
+def newton_schulz_sharded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`newton_schulz` with the batch split among the processes; all get the whole result."""
+    if not dist.is_initialized():
+        return newton_schulz(x, dtype)
+    n, world_size = len(x), dist.get_world_size()
+    shard_size = -(-n // world_size)
+    x = torch.cat([x, x.new_zeros(shard_size * world_size - n, *x.shape[1:])])
+    shard = newton_schulz(x[shard_size * dist.get_rank():][:shard_size], dtype)
+    gathered = shard.new_empty(x.shape)
+    dist.all_gather_single(gathered, shard)
+    return gathered[:n]
+
+
+def newton_schulz(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Approximately the nearest matrices with orthonormal rows: singular values in 0.7 to 1.2.
+
+    x: (N, rows, columns), rows <= columns. Computed and returned in `dtype`.
+    """
+    a, b, c = NS_COEFFICIENTS
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)  # singular values at most 1
+    for _ in range(NS_STEPS):
+        s = x @ x.mT  # (N, rows, rows)
+        s = torch.baddbmm(s, s, s, beta=b, alpha=c)
+        x = torch.baddbmm(x, s, x, beta=a)
+    return x
+
+
+def configure_muon(
+        model: GPT, weight_decay: float, learning_rate: float, betas: tuple[float, float],
+        muon_lr: float, muon_momentum: float, dtype: torch.dtype,
+        embedding_lr: float | None = None, head_lr: float | None = None) -> Muon:
+    """Muon for the matrices of the blocks; the other groups are those of `GPT.param_groups`.
+
+    dtype: of the Newton-Schulz iteration, float32 or bfloat16.
+    """
+    groups = model.param_groups(weight_decay, learning_rate, embedding_lr, head_lr)
+    params = [item for group in groups for item in group["params"]]
+    matrices = [(name, p) for name, p in params
+                if name.startswith("transformer.h.") and p.dim() == 2]
+    names = {name for name, _ in matrices}
+    for group in groups:
+        group["params"] = [(name, p) for name, p in group["params"] if name not in names]
+    for n_splits in (1, 3):
+        groups.append({
+            "params": [(name, p) for name, p in matrices
+                       if (n_splits == 3) == name.endswith("c_attn.weight")],
+            "lr": muon_lr, "lr_ratio": muon_lr / learning_rate, "weight_decay": weight_decay,
+            "momentum": muon_momentum, "n_splits": n_splits, "dtype": dtype})
+    return Muon([group for group in groups if group["params"]], lr=learning_rate, betas=betas,
+                fused=True)

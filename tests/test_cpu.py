@@ -1,0 +1,173 @@
+"""The parts of engine/cpu.py against the parts of model.py and torch that they replace."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import MODERN
+
+from engine import cpu
+from model import GPT, GPTConfig
+
+SHAPE = {"block_size": 32, "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 64}
+PRECISIONS = pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The distance of two tensors over the length of the second, in float64."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@PRECISIONS
+@pytest.mark.parametrize("changes", [{}, MODERN], ids=["gpt2", "modern"])
+def test_an_accelerated_model_has_the_same_parameters_logits_and_gradients(
+        changes, dtype, tolerance):
+    torch.manual_seed(0)
+    plain, accelerated = (GPT(GPTConfig(**SHAPE | changes)) for _ in range(2))
+    accelerated.load_state_dict(plain.state_dict())
+    before = dict(accelerated.named_parameters())
+    cpu.accelerate(accelerated)
+    after = dict(accelerated.named_parameters())
+    assert list(after) == list(before) and all(after[name] is p for name, p in before.items())
+    assert (accelerated.lm_head.weight is accelerated.transformer.wte.weight) is not changes
+    names = [type(module).__module__ for module in accelerated.modules()]
+    assert names.count("engine.cpu") == 2 * (1 + 4 + 2) + 2  # attention, Linear, Dropout
+
+    idx = torch.randint(300, (2, 32))
+    results = []
+    for gpt in (plain, accelerated):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits, loss = gpt(idx, idx)
+        loss.backward()
+        results.append((logits, [p.grad for p in gpt.parameters()]))
+    (expected_logits, expected_grads), (logits, grads) = results
+    assert relative(logits, expected_logits) < tolerance
+    for (name, _), grad, expected in zip(
+            plain.named_parameters(), grads, expected_grads, strict=True):
+        assert relative(grad, expected) < tolerance, name
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 3, 10, 16, 17])
+def test_linear_layers_of_few_rows_equal_torchs(rows, bias, dtype, tolerance):
+    torch.manual_seed(0)
+    layer = cpu.Linear(256, 1024, bias=bias).to(dtype)
+    x = torch.randn(rows, 1, 256, dtype=dtype)
+    with torch.no_grad():
+        y = layer(x)
+    assert y.shape == (rows, 1, 1024) and y.dtype == dtype and y.is_contiguous()
+    assert relative(y, F.linear(x, layer.weight, layer.bias)) < tolerance
+
+
+# --------------------------------------------------------------------------------------- dropout
+
+@pytest.mark.parametrize("p", [0.001, 0.2, 0.5, 0.999])
+def test_dropout_zeroes_a_fraction_p_and_scales_the_rest_by_exactly_that(p):
+    ones, dropped = torch.ones(2001, 3999), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        dropped[dtype] = cpu.dropout(ones.to(dtype), p)
+    is_zero, scale = dropped[torch.float32] == 0, dropped[torch.float32].max().item()
+    assert (dropped[torch.float32][~is_zero] == scale).all()
+    kept = 1 / scale  # the probability, which is rounded to a few bits
+    assert (kept, 1 - kept) == (pytest.approx(1 - p, rel=0.02), pytest.approx(p, rel=0.02))
+    error = 4 * (p * (1 - p) / ones.numel()) ** 0.5
+    assert is_zero.double().mean().item() == pytest.approx(1 - kept, abs=error)
+    assert torch.equal(dropped[torch.bfloat16], dropped[torch.float32].bfloat16())
+
+
+@pytest.mark.parametrize("p", [0.5, 0.01])
+def test_dropout_masks_have_no_pattern(p):
+    torch.manual_seed(0)
+    # 4 or 8 elements are made from one random number
+    kept = (cpu.dropout(torch.ones(8 * 40_000), p) > 0).double().view(-1, 8)
+    correlation = torch.corrcoef(torch.cat([kept, kept.roll(1, 0)], dim=1).t())
+    assert (correlation - torch.eye(16)).abs().max() < 0.03
+
+
+def test_a_seed_gives_one_dropout_mask_which_is_that_of_the_gradient():
+    x = torch.randn(7, 11, requires_grad=True)
+    torch.manual_seed(3)
+    first = cpu.dropout(x, 0.4)
+    assert not torch.equal(cpu.dropout(x, 0.4), first)
+    torch.manual_seed(3)
+    assert torch.equal(cpu.dropout(x, 0.4), first)
+    grad, = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(grad * x, first)
+
+
+def test_dropout_acts_where_it_does_in_transformers(monkeypatch, tmp_path):
+    # With torch's dropout in both, masks are drawn in the same order: one seed makes them equal.
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_positions=32, vocab_size=300, n_layer=2, n_head=4, n_embd=64, bos_token_id=0,
+        eos_token_id=0)).save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path), {"dropout": 0.3}).train()
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path, embd_pdrop=0.3, attn_pdrop=0.3, resid_pdrop=0.3,
+        attn_implementation="eager").train()
+    monkeypatch.setattr(cpu, "dropout", F.dropout)
+    cpu.accelerate(ours)
+    idx = torch.randint(300, (2, 32))
+    torch.manual_seed(8)
+    logits, _ = ours(idx, idx)
+    torch.manual_seed(8)
+    torch.testing.assert_close(logits, theirs(idx).logits, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------- attention
+
+@PRECISIONS
+@pytest.mark.parametrize("T, S", [(16, None), (129, None), (1, 7), (3, 7), (1, 1)])
+def test_naive_attention_equals_fused_attention_with_its_gradients(T, S, dtype, tolerance):
+    torch.manual_seed(0)
+    mask = None if S is None else torch.full((T, S), -torch.inf).triu(S - T + 1)
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (T, S or T, S or T))
+    expected = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+    y = cpu.naive_attention(q.to(dtype), k.to(dtype), v.to(dtype),
+                            mask if mask is None else mask.to(dtype))
+    assert y.dtype == dtype and relative(y, expected) < tolerance
+    weights = torch.randn_like(expected)
+    for grad, expected_grad in zip(torch.autograd.grad((y * weights).sum(), (q, k, v)),
+                                   torch.autograd.grad((expected * weights).sum(), (q, k, v)),
+                                   strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=0,
+                                   atol=2 * tolerance * max(1.0, expected_grad.abs().max()))
+
+
+def test_attention_dropout_keeps_the_mean():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2000, 1, 1, 8), torch.randn(1, 1, 50, 8), torch.ones(2000, 1, 50, 8)
+    y = cpu.naive_attention(q, k.expand_as(v), v, torch.zeros(1, 50), p=0.3)
+    assert y.std() > 0.01
+    assert y.mean().item() == pytest.approx(1, abs=0.03)
+
+
+# --------------------------------------------------------------------------------------- training
+
+def test_200_accelerated_steps_in_bfloat16_follow_the_losses_of_float32():
+    smooth = []
+    for accelerated in (False, True):
+        torch.manual_seed(0)
+        gpt = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=64))
+        if accelerated:
+            cpu.accelerate(gpt)
+        optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.99))
+        successors = torch.randint(64, (64, 4))  # each token is followed by one of four
+        text = [0]
+        for choice in torch.randint(4, (4000,)).tolist():
+            text.append(successors[text[-1], choice].item())
+        text, losses = torch.tensor(text), []
+        for _ in range(200):
+            x = torch.stack([text[i:i + 33] for i in torch.randint(len(text) - 33, (8,))])
+            with torch.autocast("cpu", torch.bfloat16, enabled=accelerated):
+                loss = gpt(x[:, :-1], x[:, 1:], loss_only=True)[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert losses[-1] < 0.7 * losses[0]
+        smooth.append(torch.tensor(losses).view(10, 20).mean(dim=1))
+    torch.testing.assert_close(smooth[1], smooth[0], rtol=0.01, atol=0)
