@@ -359,7 +359,7 @@ def test_rank_0_alone_prints_and_writes(no_dropout, launcher):
     assert [line.split(":")[0] for line in lines if line.startswith("iter")] == [
         f"iter {i}" for i in range(20)]
     assert len(set(lines)) == len(lines)
-    assert {"lock", "metrics.jsonl", "ckpt.pt.tmp", "best.pt.tmp"} <= set(
+    assert {"lock.owner", "metrics.jsonl", "ckpt.pt.tmp", "best.pt.tmp"} <= set(
         launcher.log("two", "writes", 0))
     assert launcher.log("two", "writes", 1) == []
 
