@@ -41,6 +41,8 @@ from model import GPT
 
 # ------------------------------------------------------------------------------- model, tokenizer
 
+if runtime.dist_info()[1] > 1:
+    raise UserError("sample.py runs in one process: start it without torchrun")
 runtime.check_machine(device, dtype, compile)
 with user_errors():
     if init_from == "resume":

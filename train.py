@@ -141,9 +141,10 @@ with user_errors():
         model, model_meta = checkpoint.load_pretrained(init_from, dropout)
         checkpoint.check_tokenizer(model_meta, meta, init_from, dataset)
         checkpoint.check_shape(overrides, model.config, init_from)
-        if block_size > model.config.block_size:
-            print0(f"block_size: {model.config.block_size} in {init_from}, {block_size} here")
+        trained_block_size = model.config.block_size
         model.crop_block_size(block_size)
+        if block_size > trained_block_size:  # possible with rotary positions
+            print0(f"block_size: {trained_block_size} in {init_from}, {block_size} here")
 vocab_size = model.config.vocab_size  # of a loaded model it may be another
 config |= {name: value for name, value in asdict(model.config).items() if name in config}
 bins.check_vocabulary(train_tokens, vocab_size)
@@ -177,7 +178,7 @@ if resumed:
     saved_iter = iter_num if resumed["path"].name == checkpoint.LATEST else None
     del resumed["model"], resumed["optimizer"]  # free their memory
 if rt.all_reduce(torch.tensor(iter_num)) != rt.world_size * iter_num:
-    raise UserError(f"the processes loaded different steps: see that all machines share {out_dir}")
+    raise UserError(f"the processes loaded different steps: share {out_dir} between the machines")
 
 
 def lr_at(i: int) -> float:

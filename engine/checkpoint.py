@@ -246,7 +246,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
         names = [name for group in saved["param_groups"] for name in group.get("param_names", [])]
         saved_id = dict(zip(names or [name for name, _, _ in params], saved_ids, strict=True))
         if saved_id.keys() != {name for name, _, _ in params}:
-            raise ValueError("it is of other parameters")
+            raise ValueError("it has other parameters")
         state = {}
         for i, (name, p, key) in enumerate(params):
             if saved_id[name] in saved["state"]:

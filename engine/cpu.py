@@ -1,4 +1,5 @@
-"""Faster parts for a CPU, each equal to the part of model.py that it replaces.
+"""Faster parts for a CPU, each equal to the part of model.py that it replaces (dropout rounds p and
+draws other random numbers).
 
 A part stays here while it gains 10 % on a row of the benchmark; docs/benchmarks.md has the gains.
 """

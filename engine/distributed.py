@@ -60,8 +60,8 @@ def init_distributed(backend: str, timeout: timedelta) -> None:
     sys.excepthook = report_and_exit
 
 
-def restart_safe_store(store: dist.Store, rank: int, world_size: int, timeout: timedelta,
-                       ) -> dist.Store:
+def restart_safe_store(store: "dist.Store", rank: int, world_size: int, timeout: timedelta,
+                       ) -> "dist.Store":
     """A view of the store with a prefix of this start, the same in all processes.
 
     torchrun keeps one store across restarts, in which the addresses of dead processes remain. So

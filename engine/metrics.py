@@ -91,8 +91,11 @@ class Metrics:
                     self._to_tensorboard(record)
         if config["wandb_log"]:
             import wandb
-            self.wandb = wandb.init(project=config["wandb_project"], config=config,
-                                    name=config["wandb_run_name"], dir=out_dir)
+            try:
+                self.wandb = wandb.init(project=config["wandb_project"], config=config,
+                                        name=config["wandb_run_name"], dir=out_dir)
+            except wandb.Error as error:
+                raise wandb_error(error) from None
 
     def step(self, record: dict) -> None:
         """Log an iteration."""
@@ -171,8 +174,12 @@ def check_loggers(config: dict) -> None:
         try:
             wandb.login()
         except wandb.Error as error:
-            raise UserError(f"Weights & Biases did not start ({str(error).splitlines()[0]}): "
-                            f"run `wandb login`, or set WANDB_MODE=offline") from None
+            raise wandb_error(error) from None
+
+
+def wandb_error(error: Exception) -> UserError:
+    return UserError(f"Weights & Biases did not start ({str(error).splitlines()[0]}): run "
+                     f"`wandb login`, or set WANDB_MODE=offline")
 
 
 def keep_records_before(path: Path, start_iter: int, history: list[dict]) -> None:

@@ -52,7 +52,7 @@ class Muon(torch.optim.AdamW):
 
 def newton_schulz_sharded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`newton_schulz` with the batch split among the processes; all get the whole result."""
-    if not dist.is_initialized():
+    if not (dist.is_available() and dist.is_initialized()):
         return newton_schulz(x, dtype)
     n, world_size = len(x), dist.get_world_size()
     shard_size = -(-n // world_size)
@@ -83,7 +83,7 @@ def configure_muon(
         embedding_lr: float | None = None, head_lr: float | None = None) -> Muon:
     """Muon for the matrices of the blocks; the other groups are those of `GPT.param_groups`.
 
-    dtype: of the Newton-Schulz iteration, float32 or bfloat16.
+    dtype: of the Newton-Schulz iteration, float32, bfloat16 or float16.
     """
     groups = model.param_groups(weight_decay, learning_rate, embedding_lr, head_lr)
     params = [item for group in groups for item in group["params"]]

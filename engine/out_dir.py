@@ -35,7 +35,7 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, model: GPT, n_numbered: 
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems
                 raise
-            print(f"{folder} cannot be locked ({error.strerror}): see that no two runs share it")
+            print(f"{folder} cannot be locked ({error.strerror}): let no two runs share it")
         if iter_num is not None and latest(out_dir)[1] != iter_num:
             raise UserError(f"another run continued in {folder} at the same time: start again")
         for path in _temporary_files(folder):
@@ -70,7 +70,7 @@ def _check_disk_space(folder: Path, is_new: bool, model: GPT, n_numbered: int) -
 
 def _move_earlier_run(folder: Path) -> None:
     """Move the files of an earlier run into previous-N/."""
-    old = [path for name in (LATEST, BEST, "metrics.jsonl", "tensorboard")
+    old = [path for name in (LATEST, BEST, "metrics.jsonl", "tensorboard", "wandb")
            if (path := folder / name).exists()] + sorted(folder.glob(NUMBERED))
     if not old:
         return
