@@ -293,7 +293,8 @@ def running(large: Path, out: Path, **environment: str) -> Iterator[subprocess.P
     process = subprocess.Popen(
         [sys.executable, ROOT / OPENWEBTEXT, f"--input={large}", f"--out_dir={out}"],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | environment)
+        env=os.environ | environment,  # a shell's background jobs inherit an ignored SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         written = out / "train.bin.tmp"
         while not written.exists() or written.stat().st_size < 100_000:
