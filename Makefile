@@ -1,4 +1,4 @@
-# make demo: train a small model on this machine and sample from it, in about two minutes
+# make demo: train a small model on this machine and sample from it, in about three minutes
 # make test: lint and the test suite
 # make torture: kill a training run 100 times and check that nothing is lost, in about ten minutes
 # All use the active virtual environment, or make .venv. On Linux without a GPU, install the CPU

@@ -342,7 +342,7 @@ def test_a_new_run_moves_numbered_checkpoints_to_previous(skipped, whole):
 
 @pytest.fixture(scope="module")
 def in_use(whole, text_dataset, tmp_path_factory) -> Iterator[Path]:
-    """The folder of a run that is under way, but suspended."""
+    """The folder of a running process, which is suspended."""
     folder = copy(whole, tmp_path_factory.mktemp("lock") / "run")
     with subprocess.Popen([sys.executable, ROOT / "train.py", *RUN, f"--dataset={text_dataset}",
                            f"--out_dir={folder}", *LONG], stdout=subprocess.PIPE,
