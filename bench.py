@@ -170,14 +170,13 @@ def compare(seconds: dict[str, list[float]]) -> dict[str, float]:
             "times_as_long_min": min(ratios), "times_as_long_max": max(ratios)}
 
 
-def record(section: str, **figures: float | list[float] | None) -> None:
+def record(section: str, **figures: float | None) -> None:
     """Add figures to results, and print those that are known on this machine."""
     results.setdefault(section, {}).update(figures)
     for name, value in figures.items():
         if value is not None:
-            text = " ".join(f"{v:,.{3 if v < 10 else 1 if v < 1000 else 0}f}"
-                            for v in np.atleast_1d(value))
-            print(f"{section:9}{name:25}{text}", flush=True)
+            digits = 3 if value < 10 else 1 if value < 1000 else 0
+            print(f"{section:9}{name:25}{value:,.{digits}f}", flush=True)
 
 
 def peak_memory() -> int | None:
@@ -321,17 +320,11 @@ if "sample" in modes:
             attention_mask=torch.ones_like(idx), min_new_tokens=new_tokens,
             max_new_tokens=new_tokens, pad_token_id=0)
     seconds = time_interleaved(fns)
-
-    times = [time.perf_counter()]
-    for _ in model.stream(idx, new_tokens, top_k=top_k):
-        rt.synchronize()
-        times.append(time.perf_counter())
-    eighths = np.array_split(np.diff(times) * 1e3, min(8, new_tokens))
     steps_per_s = new_tokens / median(seconds["ours"])  # each reads all weights
     weight_gb = sum(p.nbytes for p in model.parameters()) / 1e9
     record("sample", parameters=model.get_num_params(), tokens_per_s=num_samples * steps_per_s,
            of_memory_bound=steps_per_s * weight_gb / results["machine"]["memory_gb_per_s"],
-           ms_per_token_by_eighth=[median(ms) for ms in eighths], **compare(seconds))
+           **compare(seconds))
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -346,7 +339,7 @@ if "data" in modes:
                "if sys.platform != 'win32':\n"
                "    import resource\n"
                "    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
-    bpe, n_cores, peaks = GPT2Tokenizer().bpe, os.cpu_count(), []
+    bpe, peaks = GPT2Tokenizer().bpe, []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "input.jsonl"
         file.write_text("".join(dumps({"text": text}) + "\n" for text in texts))
@@ -356,13 +349,11 @@ if "data" in modes:
                    f"--out_dir={folder}/out"]
         seconds = time_interleaved({
             "ours": lambda: peaks.append(int(subprocess.check_output(command) or 0)),
-            "threads": lambda: bpe.encode_ordinary_batch(texts, num_threads=n_cores),
-            "1 thread": lambda: [bpe.encode_ordinary(text) for text in texts]})
+            "tiktoken": lambda: bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())})
     dt = median(seconds["ours"])
     record("data", input_mb=input_mb, seconds=dt, mb_per_s=input_mb / dt,
            peak_memory_mb=max(peaks) * RSS_UNIT / 1e6 or None,  # of the largest process
-           of_tiktoken_threads=dt / median(seconds["threads"]),
-           of_tiktoken_ideal=dt / median(seconds["1 thread"]) * n_cores)
+           of_tiktoken=dt / median(seconds["tiktoken"]))
 
 if json:
     with bins.atomic_write(Path(json)) as file:

@@ -606,23 +606,33 @@ def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | No
 
 # ------------------------------------------------------------------------------ reading files
 
-def read_file(file: Path) -> dict:
+def read_file(file: Path, mmap: bool = False) -> dict:
     """The contents of a .json, .safetensors, .bin or .pt file, with tensors on the CPU and without
-    running code from it. Raises ValueError if it cannot be read or is damaged."""
+    running code from it.
+
+    mmap: read the tensors of a .bin or .pt file when they are used, without checking their bytes.
+    Raises ValueError if it cannot be read or is damaged.
+    """
     try:
         if file.suffix == ".json":
             return dict(json.loads(file.read_text(encoding="utf-8")))
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(file)
-        is_zip = zipfile.is_zipfile(file)
+        with open(file, "rb") as opened:
+            is_zip = opened.read(2) == b"PK"  # else the format before torch 1.6
         if is_zip:  # torch does not compare the checksums
             with zipfile.ZipFile(file) as archive:
-                if archive.testzip():
-                    raise ValueError("a checksum differs")
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+                for record in archive.infolist():
+                    if record.external_attr & 0x10:  # torch skips the data of a directory
+                        raise ValueError(f"{record.filename} is marked as a directory")
+                    if not (mmap and "/data/" in record.filename):
+                        archive.read(record)  # raises an error if its checksum differs
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except (ModuleNotFoundError, MemoryError):
         raise
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror or error}") from None
     except Exception as error:  # the libraries raise exceptions of many classes
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"cannot read {file}: it is damaged, or holds more than plain data "
@@ -658,7 +668,7 @@ def read_hugging_face(name_or_path: str) -> tuple[dict, dict[str, torch.Tensor]]
                          + ", ".join(f"{key} = {hf.get(key)!r}" for key in wrong))
     state = {}
     for file in files:
-        for name, tensor in read_file(file).items():
+        for name, tensor in read_file(file, mmap=True).items():
             if name.endswith(("attn.c_attn.weight", "c_proj.weight", "mlp.c_fc.weight")):
                 tensor = tensor.t()  # GPT-2's Conv1D stores (in, out), nn.Linear (out, in)
             prefixed = name.startswith(("transformer.", "lm_head."))

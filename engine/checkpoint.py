@@ -11,17 +11,16 @@ import copy
 import fnmatch
 import math
 import os
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from configurator import RENAMED, UserError, check_choice, fit_types, print0
+from configurator import RENAMED, UserError, check_choice, fit_types, print0, user_errors
 from data.bins import atomic_write, dataset_folder
 from data.tokenizer import check_meta, load_meta
 from engine.runtime import choose_device, choose_dtype
-from model import GPT, HF_REPOSITORIES, GPTConfig
+from model import GPT, HF_REPOSITORIES, GPTConfig, read_file
 
 LATEST, BEST, NUMBERED = "ckpt.pt", "best.pt", "ckpt_[0-9]*.pt"
 GPT2_VOCAB_SIZE = 50257
@@ -53,18 +52,10 @@ def load(path: Path, mmap: bool = False) -> dict:
     Returns its contents with NEW_RUN for what it lacks, and its `path`.
     Raises UserError if it cannot be read, is damaged, or is not a checkpoint.
     """
-    try:
-        _verify_checksums(path, skip_tensors=mmap)
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no checkpoint {path}: train first, or give another path") from None
-    except OSError as error:
-        raise UserError(f"cannot read checkpoint {path}: {error.strerror or error}") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # torch raises nearly anything for a damaged file
-        raise UserError(f"cannot read checkpoint {path} ({type(error).__name__}): it is damaged, "
-                        f"no checkpoint, or holds more than plain data") from None
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}: train first, or give another path")
+    with user_errors():
+        contents = read_file(path, mmap)
     missing = {"model", "model_args"} - (contents.keys() if isinstance(contents, dict) else set())
     wrong = [f"it lacks {' and '.join(sorted(missing))}"] if missing else [
         f"its {name} is {type(contents[name]).__name__}, not {kind.__name__}"
@@ -75,22 +66,6 @@ def load(path: Path, mmap: bool = False) -> dict:
     if contents.get("meta"):
         check_meta(contents["meta"], path)
     return copy.deepcopy(NEW_RUN) | contents | {"path": path}
-
-
-def _verify_checksums(path: Path, skip_tensors: bool) -> None:
-    """Raise an error if the bytes of a checkpoint are not those that were written.
-
-    A checkpoint is a zip archive with a CRC-32 of each record, which torch does not compare.
-    """
-    with open(path, "rb") as file:
-        if file.read(2) != b"PK":  # the format before torch 1.6, which has no checksums
-            return
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.external_attr & 0x10:  # torch skips the data of a directory
-                raise zipfile.BadZipFile(f"{info.filename} is marked as a directory")
-            if not (skip_tensors and "/data/" in info.filename):
-                archive.read(info)  # raises BadZipFile if the checksum differs
 
 
 # ----------------------------------------------------------------------------------- which file
