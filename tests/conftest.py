@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 import zipfile
-from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +86,8 @@ POLL_LOCK = threading.Lock()
 def forked(args: list[str], cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
     """Run a script as `run` does, but in a process forked from one that has imported torch, which
     saves most of its start."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = FORKSERVER.Process(target=exec_script, args=(
-            args, cwd, environment, DupFd(out.fileno()), DupFd(err.fileno())))
+    with tempfile.TemporaryDirectory() as output:
+        process = FORKSERVER.Process(target=exec_script, args=(args, cwd, environment, output))
         with POLL_LOCK:
             process.start()
         multiprocessing.connection.wait([process.sentinel], timeout=120)
@@ -97,15 +95,13 @@ def forked(args: list[str], cwd: Path, environment: dict[str, str]) -> subproces
             if process.exitcode is None:
                 process.kill()
             process.join()
-        for file in (out, err):
-            file.seek(0)
-        return subprocess.CompletedProcess(args, process.exitcode, out.read(), err.read())
+        return subprocess.CompletedProcess(args, process.exitcode, *(
+            Path(output, name).read_text() for name in ("stdout", "stderr")))
 
 
-def exec_script(args: list[str], cwd: Path, environment: dict[str, str], out: DupFd, err: DupFd,
-                ) -> None:
-    for number, file in enumerate((out, err), start=1):
-        os.dup2(file.detach(), number)
+def exec_script(args: list[str], cwd: Path, environment: dict[str, str], output: str) -> None:
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        os.dup2(os.open(Path(output, name), os.O_CREAT | os.O_WRONLY), number)
     os.chdir(cwd)
     os.environ |= environment
     tempfile.tempdir = None  # not that of the process it was forked from
@@ -119,11 +115,17 @@ def exec_script(args: list[str], cwd: Path, environment: dict[str, str], out: Du
         raise SystemExit(1) from None
 
 
-def train(*args: str | Path, **environment: str) -> subprocess.CompletedProcess:
-    """Run train.py with the settings TINY, and check that it succeeds."""
-    done = forked([str(ROOT / "train.py"), *TINY, *map(str, args)], ROOT, environment)
+def script(name: str, *args: str | Path, cwd: Path = ROOT, **environment: str,
+           ) -> subprocess.CompletedProcess:
+    """Run a script of ours, such as train.py, and check that it succeeds."""
+    done = forked([str(ROOT / name), *map(str, args)], cwd, environment)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def train(*args: str | Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run train.py with the settings TINY, and check that it succeeds."""
+    return script("train.py", *TINY, *args, **environment)
 
 
 def load(path: Path) -> dict:

@@ -39,7 +39,7 @@ def profiled(tmp_path_factory) -> tuple[str, dict, Path]:
     return *bench(folder, *SMALL, f"--dataset={folder / 'none'}", "--profile=True"), folder
 
 
-def test_figures_are_printed_as_they_are_written(profiled):
+def test_figures_are_printed_as_they_are_written_and_agree_with_each_other(profiled):
     output, figures, _ = profiled
     for section, names in (
             ("machine", "matmul_gflops_per_s memory_gb_per_s"),
@@ -50,6 +50,19 @@ def test_figures_are_printed_as_they_are_written(profiled):
             text = re.findall(rf"^{section} +{name} +([\d.,]+)$", output, re.MULTILINE)[-1]
             assert float(text.replace(",", "")) == pytest.approx(
                 figures[section][name], rel=0.01, abs=6e-4)
+    train = figures["train"]
+    seconds = train["step_ms"] / 1e3
+    assert train["tokens_per_s"] == pytest.approx(2 * 16 / seconds)
+    flops_per_token = 6 * (PARAMETERS - 3 * 16) + 12 * 16 * 16  # matrices and attention
+    assert train["gflops_per_s"] == pytest.approx(2 * 16 * flops_per_token / seconds / 1e9)
+
+
+def test_without_a_dataset_random_tokens_are_trained_on_and_a_step_is_traced(profiled):
+    output, _, folder = profiled
+    assert f"2 x 16 tokens per step, random, not of {folder / 'none' / 'train.bin'}" in output
+    trace, = (folder / "bench_trace").iterdir()
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"aten::addmm", "aten::mm"} & names
 
 
 def test_unknown_figures_are_null_and_not_printed(run_here, monkeypatch, capsys):
@@ -60,41 +73,18 @@ def test_unknown_figures_are_null_and_not_printed(run_here, monkeypatch, capsys)
     assert "step_ms" in output and "mfu" not in output and "peak_memory" not in output
 
 
-def test_figures_of_a_step_agree_with_its_time(profiled):
-    train = profiled[1]["train"]
-    seconds = train["step_ms"] / 1e3
-    assert train["tokens_per_s"] == pytest.approx(2 * 16 / seconds)
-    flops_per_token = 6 * (PARAMETERS - 3 * 16) + 12 * 16 * 16  # matrices and attention
-    assert train["gflops_per_s"] == pytest.approx(2 * 16 * flops_per_token / seconds / 1e9)
-
-
-def test_the_profile_is_a_trace_of_the_training_step(profiled):
-    trace, = (profiled[2] / "bench_trace").iterdir()
-    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
-    assert {"aten::addmm", "aten::mm"} & names
-
-
-def test_random_tokens_replace_a_missing_dataset(profiled):
-    output, _, folder = profiled
-    assert f"2 x 16 tokens per step, random, not of {folder / 'none' / 'train.bin'}" in output
-
-
-def test_a_dataset_and_a_config_of_train_are_used(text_dataset, tmp_path):
-    output, figures = bench(tmp_path, "config/train_shakespeare_char_cpu.py", "--mode=train",
-                            "--rounds=1", f"--dataset={text_dataset}", "--n_layer=1")
-    assert f"12 x 64 tokens per step, of {text_dataset / 'train.bin'}" in output
-    vocab_size = len(set("to be or not that is the question whether"))
-    assert figures["train"]["parameters"] == 12 * 128**2 + (vocab_size + 3) * 128
+def test_a_dataset_and_a_config_of_train_are_used_and_the_modern_recipe_has_a_peer(
+        text_dataset, tmp_path):
+    output, figures = bench(tmp_path, "config/fast_shakespeare_char_cpu.py", "--mode=train",
+                            "--rounds=2", f"--dataset={text_dataset}", "--n_layer=1",
+                            "--peer=plain")
+    assert f"24 x 64 tokens per step, of {text_dataset / 'train.bin'}" in output
+    low, middle, high = (figures["train"][f"times_as_long{s}"] for s in ("_min", "", "_max"))
+    assert 0 < low <= middle <= high
+    vocab_size = len(set("to be or not to be that is the question whether"))
+    n = 12 * 176**2 + (vocab_size + 3 + 1) * 176  # of a block, lm_head, norms, smear
+    assert figures["train"]["parameters"] == n
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]  # no trace
-
-
-def test_the_modern_recipe_is_compared_with_gpt2_in_training_and_sampling(tmp_path):
-    _, figures = bench(tmp_path, *SMALL, "--real_data=False", "--peer=plain", "--num_samples=2",
-                       "--positions=rotary", "--activation=relu2", "--smear=True",
-                       "--optimizer=muon")
-    for section in ("train", "sample"):
-        low, middle, high = (figures[section][f"times_as_long{s}"] for s in ("_min", "", "_max"))
-        assert 0 < low <= middle <= high
 
 
 @pytest.mark.parametrize("peer, name, dtype, fused", [

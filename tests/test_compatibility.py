@@ -2,6 +2,7 @@
 names, groups and files of these trainers, in a plain loop of torch."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, TINY, forked, load, records
+from conftest import TINY, load, records, script
 
 from data import bins
 from model import GPTConfig
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "bias": True}
-CPU_ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+script = partial(script, CUDA_VISIBLE_DEVICES="")
 
 
-def classic_model(vocab_size: int, activation: str = "gelu") -> transformers.GPT2LMHeadModel:
+def classic_model(vocab_size: int, activation: str = "gelu", n_positions: int = 16,
+                  ) -> transformers.GPT2LMHeadModel:
     """GPT-2 of SHAPE by transformers, with nn.Linear in place of its transposed Conv1D, so that
     names and shapes of the parameters are those of the classic trainers."""
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_layer=2, n_head=2, n_embd=16, n_positions=16, vocab_size=vocab_size,
+        n_layer=2, n_head=2, n_embd=16, n_positions=n_positions, vocab_size=vocab_size,
         activation_function=activation, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=0, eos_token_id=0))
     for block in model.transformer.h:
@@ -70,19 +72,10 @@ def classic_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, data
     return results
 
 
-def our_steps(folder: Path, iters: range) -> list[tuple[float, float]]:
-    return [(record["loss"], record["grad_norm"]) for record in records(folder, "loss")
-            if record["iter"] in iters]
-
-
-def train(cwd: Path, *args: str) -> str:
-    done = forked([str(ROOT / "train.py"), *args], cwd, CPU_ALONE)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def close(steps: list[tuple[float, float]]) -> list:
-    return [pytest.approx(step, abs=1e-4, rel=1e-4) for step in steps]
+def our_steps(folder: Path, iters: range) -> list:
+    """What train.py logged for these steps, to compare with classic_steps."""
+    return [pytest.approx((record["loss"], record["grad_norm"]), abs=1e-4, rel=1e-4)
+            for record in records(folder, "loss") if record["iter"] in iters]
 
 
 def test_ten_steps_of_train_py_are_those_of_transformers_and_torch(tmp_path):
@@ -90,16 +83,21 @@ def test_ten_steps_of_train_py_are_those_of_transformers_and_torch(tmp_path):
     ids = rng.integers(300, size=60)[np.cumsum(rng.integers(1, 4, size=5000)) % 60]
     for name in ("train", "val"):  # without a vocabulary: ids of GPT-2's BPE
         bins.write_bin(tmp_path / f"{name}.bin", ids)
-    model = classic_model(300, "gelu_new")
+    model = classic_model(300, "gelu_new", n_positions=32)  # of which block_size = 16 remain
     state = {name: tensor.t() if "c_" in name and tensor.dim() == 2 else tensor
              for name, tensor in model.state_dict().items()}  # as GPT-2's files have them
     torch.save(state, tmp_path / "pytorch_model.bin")
     model.config.save_pretrained(tmp_path)
-    train(tmp_path, *TINY, f"--init_from={tmp_path}", f"--dataset={tmp_path}", "--max_iters=10",
-          "--activation=gelu_tanh", "--grad_clip=0.2", "--out_dir=out")
+    script("train.py", *TINY, f"--init_from={tmp_path}", f"--dataset={tmp_path}", "--max_iters=10",
+           "--activation=gelu_tanh", "--grad_clip=0.2", "--out_dir=out", cwd=tmp_path)
     expected = classic_steps(model, classic_optimizer(model), tmp_path, range(10))
-    assert our_steps(tmp_path / "out", range(10)) == close(expected)
+    assert expected == our_steps(tmp_path / "out", range(10))
     assert expected[-1][0] < expected[0][0] - 0.1
+    saved = load(tmp_path / "out/ckpt.pt")
+    shape = SHAPE | {"activation": "gelu_tanh", "dropout": 0.0}
+    assert saved["model_args"] == shape | {"vocab_size": 300}
+    assert saved["config"] | shape == saved["config"]
+    assert saved["meta"] is None
 
 
 def test_a_classic_checkpoint_resumes_without_flags(text_dataset, tmp_path):
@@ -122,22 +120,21 @@ def test_a_classic_checkpoint_resumes_without_flags(text_dataset, tmp_path):
             "beta1": 0.9, "beta2": 0.95, "grad_clip": 0.2, "decay_lr": True, "warmup_iters": 2,
             "lr_decay_iters": 8, "min_lr": 1e-3, "backend": "nccl", "device": "cuda",
             "dtype": "float16", "compile": True}}, tmp_path / "out/ckpt.pt")
-    printed = train(tmp_path, "--init_from=resume")
+    printed = script("train.py", "--init_from=resume", cwd=tmp_path).stdout
     assert ("in the checkpoint, but not restored: backend='nccl' compile=True device='cuda' "
             "dtype='float16'") in printed
-    assert our_steps(tmp_path / "out", range(8)) == close(
-        classic_steps(model, optimizer, text_dataset, range(4, 8)))
+    assert classic_steps(model, optimizer, text_dataset, range(4, 8)) == our_steps(
+        tmp_path / "out", range(8))
     saved = load(tmp_path / "out/ckpt.pt")
     assert (saved["iter_num"], saved["model_args"]) == (8, model_args)
     assert saved["config"]["activation"] == "gelu"
-    sampled = forked([str(ROOT / "sample.py"), "--start=to be", "--num_samples=1",
-                      "--max_new_tokens=8"], tmp_path, CPU_ALONE)
-    assert sampled.returncode == 0 and "to be" in sampled.stdout, sampled.stderr
+    assert "to be" in script("sample.py", "--start=to be", "--num_samples=1", "--max_new_tokens=8",
+                             cwd=tmp_path).stdout
 
 
 def test_a_classic_run_of_ours_resumes_in_classic_trainers(text_dataset, tmp_path):
-    train(tmp_path, *TINY, f"--dataset={text_dataset}", "--activation=gelu", "--bias=True",
-          "--grad_clip=0.2", "--keep_every=4", "--out_dir=out")
+    script("train.py", *TINY, f"--dataset={text_dataset}", "--activation=gelu", "--bias=True",
+           "--grad_clip=0.2", "--keep_every=4", "--out_dir=out", cwd=tmp_path)
     checkpoint = load(tmp_path / "out/ckpt_00000004.pt")
     model_args = checkpoint["model_args"]
     assert model_args == SHAPE | {"vocab_size": model_args["vocab_size"], "dropout": 0.0}
@@ -148,8 +145,8 @@ def test_a_classic_run_of_ours_resumes_in_classic_trainers(text_dataset, tmp_pat
     optimizer = classic_optimizer(model)
     optimizer.load_state_dict(checkpoint["optimizer"])
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-    assert classic_steps(model, optimizer, text_dataset, range(4, 8)) == close(
-        our_steps(tmp_path / "out", range(4, 8)))
+    assert classic_steps(model, optimizer, text_dataset, range(4, 8)) == our_steps(
+        tmp_path / "out", range(4, 8))
 
 
 @pytest.mark.parametrize("setting", [

@@ -6,34 +6,16 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, script
 
 from model import GPTConfig
 
 CONFIGS = sorted((ROOT / "config").glob("*.py"))
 
 
-def header(path: Path) -> str:
-    """The comment that a config starts with."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
-    return "\n".join(line.lstrip("# ") for line in lines[:end])
-
-
-@pytest.fixture
-def settings(request, monkeypatch) -> dict:
-    """The settings of train.py with a config, by the part of it before its heavy imports."""
-    monkeypatch.setattr(sys, "argv", ["train.py", str(request.param)])
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure sets another
-    source, found, _ = (ROOT / "train.py").read_text(encoding="utf-8").partition("\nimport gc\n")
-    assert found
-    namespace = {"__name__": "__main__", "__file__": str(ROOT / "train.py")}
-    exec(source, namespace)
-    return namespace
-
-
-each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-each_settings = pytest.mark.parametrize("settings", CONFIGS, ids=lambda p: p.stem, indirect=True)
+@pytest.fixture(params=CONFIGS, ids=lambda path: path.stem)
+def path(request) -> Path:
+    return request.param
 
 
 def test_the_documented_configs_exist():
@@ -43,28 +25,26 @@ def test_the_documented_configs_exist():
         "finetune_shakespeare", "eval_gpt2", "eval_gpt2_medium", "eval_gpt2_large", "eval_gpt2_xl"}
 
 
-@each_config
-def test_the_header_has_the_launch_command(path):
-    assert re.search(rf"^(python|torchrun .*) train\.py config/{path.name}$", header(path), re.M)
+def test_the_header_has_the_launch_command_and_gives_hardware_duration_and_result(path):
+    header = re.match("(#.*\n)+", path.read_text(encoding="utf-8"))[0]
+    assert re.search(rf"^# +(python|torchrun .*) train\.py config/{path.name}$", header, re.M)
+    for word in ("hardware", "duration", "result"):
+        _, found, text = header.lower().partition(word)
+        assert found
+        assert re.search(r"\d|not measured here|any cpu|one gpu", text)
 
 
-@each_config
-@pytest.mark.parametrize("word", ["hardware", "duration", "result"])
-def test_the_header_gives_hardware_duration_and_result(path, word):
-    _, found, text = header(path).lower().partition(word)
+def test_train_accepts_the_settings_and_the_dataset_can_be_prepared(path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", str(path)])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # configure sets another
+    # train.py before its heavy imports
+    source, found, _ = (ROOT / "train.py").read_text(encoding="utf-8").partition("\nimport gc\n")
     assert found
-    assert re.search(r"\d|not measured here|any cpu|one gpu", text)
-
-
-@each_settings
-def test_train_accepts_the_settings(settings):
+    settings = {"__name__": "__main__", "__file__": str(ROOT / "train.py")}
+    exec(source, settings)
     assert settings["warmup_iters"] < settings["lr_decay_iters"]
     assert settings["min_lr"] <= settings["learning_rate"] or not settings["decay_lr"]
     GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings})
-
-
-@each_settings
-def test_the_dataset_can_be_prepared(settings):
     assert (ROOT / "data" / settings["dataset"] / "prepare.py").is_file()
 
 
@@ -74,9 +54,8 @@ def test_the_dataset_can_be_prepared(settings):
     ("fast_gpt2", ["--n_layer=2", "--n_embd=24", "--block_size=64", "--batch_size=2",
                    "--gradient_accumulation_steps=2"])])
 def test_a_config_trains_when_cut_down(name, smaller, text_dataset, tmp_path):
-    done = run(ROOT / "train.py", f"config/{name}.py", f"--dataset={text_dataset}",
-               f"--out_dir={tmp_path}", "--max_iters=2", "--eval_iters=1", "--device=cpu",
-               "--log_interval=1", *smaller)
-    assert done.returncode == 0, done.stderr
+    done = script("train.py", ROOT / f"config/{name}.py", f"--dataset={text_dataset}",
+                  f"--out_dir={tmp_path}", "--max_iters=2", "--eval_iters=1", "--device=cpu",
+                  "--log_interval=1", *smaller)
     assert "iter 1: loss" in done.stdout
     assert (tmp_path / "ckpt.pt").exists()

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configurator import RENAMED, UserError, check, check_choice, configure, fit_types, user_errors
+from configurator import RENAMED, UserError, check, check_choice, configure, fit_types
 
 SCRIPT = '''"""A script with one setting of each kind."""
 
@@ -29,7 +30,8 @@ _private = 1
 CONSTANT = 1
 listed = [1, 2]
 '''
-NAMES = ["count", "rate", "name", "flag", "maybe", "limit", "ratio", "label"]
+DEFAULTS = {"count": 3, "rate": 0.5, "name": "x", "flag": False, "maybe": None, "limit": 7,
+            "ratio": None, "label": None}
 SCRIPTS = ["train.py", "sample.py", "bench.py",
            *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("data/*/prepare.py"))]
 
@@ -96,7 +98,7 @@ def error_of(namespace: dict, *argv: str) -> str:
     before = dict(namespace)
     with pytest.raises(UserError) as caught:
         configure(namespace, list(argv))
-    assert {name: namespace[name] for name in NAMES} == {name: before[name] for name in NAMES}
+    assert namespace == before
     return str(caught.value)
 
 
@@ -119,10 +121,8 @@ def test_config_files_may_contain_the_settings_of_another_script(new, write, tmp
 
 def test_without_arguments_settings_keep_their_defaults(new, capsys):
     config, overrides = configure(new, [])
-    assert config == {"count": 3, "rate": 0.5, "name": "x", "flag": False, "maybe": None,
-                      "limit": 7, "ratio": None, "label": None}
-    assert overrides == {}
-    assert capsys.readouterr().out == ""
+    assert config == DEFAULTS
+    assert (overrides, capsys.readouterr().out) == ({}, "")
 
 
 def test_the_later_of_two_values_counts_and_an_argument_before_a_file(new, write):
@@ -137,21 +137,12 @@ def test_a_config_file_sees_the_defaults_and_the_settings_of_earlier_files(new, 
     assert (new["count"], new["rate"]) == (32, 1.5)
 
 
-def test_the_returned_config_has_all_settings_and_overrides_those_that_were_given(new, write):
-    config, overrides = configure(new, [write("count = 4"), "--name=y"])
-    assert overrides == {"count": 4, "name": "y"}
-    assert config == {name: new[name] for name in NAMES}
-
-
-def test_a_setting_given_its_default_again_is_an_override(new, write, capsys):
-    _, overrides = configure(new, [write("count = 3"), "--flag=False"])
-    assert overrides == {"count": 3, "flag": False}
-    assert capsys.readouterr().out == ""
-
-
-def test_settings_that_differ_from_the_defaults_are_printed(new, capsys):
-    configure(new, ["--count=4", "--name=a b", "--rate=0.5"])
-    assert capsys.readouterr().out == "settings: count=4 name='a b'\n"
+def test_settings_that_differ_from_the_defaults_are_printed_and_all_given_are_overrides(
+        new, write, capsys):
+    config, overrides = configure(new, [write("flag = True\ncount = 3"), "--name=a b"])
+    assert overrides == {"flag": True, "count": 3, "name": "a b"}
+    assert config == DEFAULTS | overrides == {name: new[name] for name in DEFAULTS}
+    assert capsys.readouterr().out == "settings: flag=True name='a b'\n"
 
 
 def test_only_the_first_of_many_processes_prints_the_settings(new, monkeypatch, capsys):
@@ -168,28 +159,25 @@ def test_config_files_may_import_modules_and_define_functions(new, write):
 
 # ------------------------------------------------------------------------------------------ types
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("--count=-12", -12), ("--count=6e5", 600000), ("--rate=2", 2.0), ("--rate=1e-4", 1e-4),
-    ("--name=123", "123"), ("--name=a=b", "a=b"), ("--name=", ""), ("--name=True", "True"),
-    ("--name=None", "None"), ("--name=--count=4", "--count=4"), ("--name=\n é 日本", "\n é 日本"),
-    ("--label=7", "7"), ("--label=None", None), ("--label=none", "none"),
-    ("--flag=True", True), ("--flag=true", True), ("--flag=1", True),
-    ("--maybe=False", False), ("--maybe=FALSE", False), ("--maybe=0", False),
-    ("--maybe=None", None), ("--limit=None", None), ("--limit=12", 12), ("--ratio=3", 3.0)])
-def test_arguments_become_values_of_the_settings_type(new, text, value):
-    configure(new, [text])
-    name = text[2:].partition("=")[0]
+@pytest.mark.parametrize(("name", "text", "value"), [
+    ("count", "-12", -12), ("count", "6e5", 600000), ("rate", "2", 2.0), ("rate", "1e-4", 1e-4),
+    ("name", "123", "123"), ("name", "a=b", "a=b"), ("name", "", ""), ("name", "True", "True"),
+    ("name", "None", "None"), ("name", "--count=4", "--count=4"), ("name", "\n é 日", "\n é 日"),
+    ("label", "7", "7"), ("label", "None", None), ("label", "none", "none"),
+    ("flag", "True", True), ("flag", "true", True), ("flag", "1", True),
+    ("maybe", "FALSE", False), ("maybe", "0", False), ("maybe", "None", None),
+    ("limit", "None", None), ("limit", "12", 12), ("ratio", "3", 3.0)])
+def test_arguments_become_values_of_the_settings_type(new, name, text, value):
+    configure(new, [f"--{name}={text}"])
     assert (new[name], type(new[name])) == (value, type(value))
 
 
-@pytest.mark.parametrize(("text", "value"), [
-    ("count = 6e5", 600000), ("rate = 2", 2.0), ("ratio = 2", 2.0), ("flag = 1", True),
-    ("maybe = 0", False), ("maybe = True", True), ("limit = None", None), ("limit = 2.0", 2),
-    ("label = None", None), ("name = ''", "")])
-def test_values_of_a_config_file_become_the_settings_type(new, write, text, value):
-    configure(new, [write(text)])
-    name = text.split()[0]
-    assert (new[name], type(new[name])) == (value, type(value))
+def test_values_of_a_config_file_become_the_settings_type(new, write):
+    configure(new, [write("count = 6e5; rate = ratio = 2; name = ''; flag = 1; maybe = 0; "
+                          "limit = 2.0; label = None")])
+    expected = {"count": 600000, "rate": 2.0, "name": "", "flag": True, "maybe": False, "limit": 2,
+                "ratio": 2.0, "label": None}
+    assert repr({name: new[name] for name in DEFAULTS}) == repr(expected)  # as 2 == 2.0
 
 
 @pytest.mark.parametrize(("name", "texts", "expected"), [
@@ -210,13 +198,10 @@ def test_an_argument_of_a_wrong_type_says_what_was_expected(new, name, texts, ex
     ("count = 2.5", "2.5 is float", "a whole number"),
     ("count = '4'", "'4' is str", "a whole number"),
     ("count = True", "True is bool", "a whole number"),
-    ("count = None", "None is NoneType", "a whole number"),
-    ("count = float('inf')", "inf is float", "a whole number"),
     ("count = 10**5000", "a number of very many digits is int", "a whole number"),
     ("count = [4]", "[4] is list", "a whole number"),
     ("rate = float", "<class 'float'> is type", "a finite number"),
     ("name = 123", "123 is int", "text"),
-    ("flag = 2", "2 is int", "True or False"),
     ("flag = 1.0", "1.0 is float", "True or False"),
     ("label = 5", "5 is int", "text or None")])
 def test_a_config_value_of_a_wrong_type_says_in_which_file_and_what_was_expected_and_got(
@@ -233,11 +218,19 @@ def test_values_of_another_source_are_converted_or_refused_in_the_same_way(new):
 
 # ---------------------------------------------------------------------------------- wrong settings
 
-@pytest.mark.parametrize("wrong", ["--conut=4", "--counts=4", "--Count=4"])
-def test_an_unknown_argument_is_refused_with_the_nearest_name(new, wrong):
-    message = error_of(new, wrong)
-    assert repr(wrong[2:-2]) in message
-    assert "did you mean count?" in message
+@pytest.mark.parametrize(("argument", "message"), [
+    ("--conut=4", "setting 'conut' does not exist (did you mean count?)"),
+    ("--Count=4", "setting 'Count' does not exist (did you mean count?)"),
+    ("--_private=4", "setting '_private' does not exist"),
+    ("--CONSTANT=4", "setting 'CONSTANT' does not exist"),
+    ("--listed=4", "setting 'listed' does not exist"),
+    ("--__file__=x", "setting '__file__' does not exist"),
+    ("--decay_fraction=1", f"setting 'decay_fraction' is now {RENAMED['decay_fraction']}"),
+    ("--count", "--count has no value: write --count=3"),
+    *((argument, f"no config file {argument!r}: arguments are config files and --key=value")
+      for argument in ("config/nothing.py", "-count=4", 300 * "a"))])
+def test_an_argument_that_names_nothing_is_answered_with_what_may_be(new, argument, message):
+    assert error_of(new, argument).startswith(message)
 
 
 def test_a_name_with_dashes_is_answered_with_the_one_with_underscores():
@@ -246,34 +239,11 @@ def test_a_name_with_dashes_is_answered_with_the_one_with_underscores():
         configure(namespace, ["--top-k=3"])
 
 
-def test_an_unknown_name_in_a_config_file_is_refused_with_the_file_and_the_nearest_name(
-        new, write):
-    path = write("rate = 1.0\nconut = 4")
-    message = error_of(new, path)
-    assert path in message
-    assert "'conut' does not exist (did you mean count?)" in message
-
-
-@pytest.mark.parametrize("wrong", ["--_private=4", "--CONSTANT=4", "--listed=4", "--__file__=x"])
-def test_what_is_no_setting_can_not_be_set(new, wrong):
-    assert "does not exist" in error_of(new, wrong)
-
-
-def test_the_old_name_of_a_setting_is_refused_with_the_new_one(new, write):
-    for argument in ("--decay_fraction=0.5", write("decay_fraction = 0.5")):
-        assert f"'decay_fraction' is now {RENAMED['decay_fraction']}" in error_of(new, argument)
-    assert f"--{RENAMED['decay_fraction']}=" in run(ROOT / "train.py", "--help").stdout
-
-
-def test_a_setting_without_a_value_says_how_to_write_one(new):
-    assert error_of(new, "--count") == "--count has no value: write --count=3"
-
-
-@pytest.mark.parametrize("arg", ["config/nothing.py", "-count=4", 300 * "a"],
-                         ids=["missing", "one dash", "too long for a file name"])
-def test_an_argument_that_is_neither_a_file_nor_a_setting_is_answered_with_what_may_be(new, arg):
-    assert error_of(new, arg) == (
-        f"no config file {arg!r}: arguments are config files and --key=value")
+def test_a_wrong_name_in_a_config_file_is_refused_with_the_file(new, write):
+    for name, words in (("conut", "does not exist (did you mean count?)"),
+                        ("decay_fraction", f"is now {RENAMED['decay_fraction']}")):
+        path = write(f"rate = 1.0\n{name} = 4")
+        assert error_of(new, path).startswith(f"{path}: setting {name!r} {words}")
 
 
 def test_a_folder_is_no_config_file(new, tmp_path):
@@ -312,16 +282,11 @@ def test_check_choice_lists_the_choices_with_the_nearest():
                                  "(did you mean relu?)")
 
 
-def test_user_errors_keeps_the_sentence_of_a_value_error():
-    with pytest.raises(UserError, match="^n_embd does not divide$"), user_errors():
-        raise ValueError("n_embd does not divide")
-
-
 PRINTABLE = st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"]), max_size=40)
 VALUES = st.one_of(PRINTABLE, st.floats().map(str), st.integers().map(str), st.booleans().map(str))
 ARGUMENTS = st.lists(max_size=4, elements=st.one_of(
     PRINTABLE, PRINTABLE.map("--{}".format), st.sampled_from(["--help", "-h", "--", "-", ""]),
-    st.tuples(st.sampled_from(NAMES) | PRINTABLE, VALUES).map("--{0[0]}={0[1]}".format)))
+    st.tuples(st.sampled_from([*DEFAULTS]) | PRINTABLE, VALUES).map("--{0[0]}={0[1]}".format)))
 
 
 @settings(max_examples=500, deadline=None)
@@ -330,12 +295,12 @@ def test_any_arguments_give_values_of_the_right_types_or_a_user_error_or_help(sc
     namespace = {"__file__": str(script), "__doc__": "", "__annotations__": {}}
     exec(SCRIPT, namespace)
     types = {name: typing.get_args(namespace["__annotations__"].get(name))
-             or (type(namespace[name]),) for name in NAMES}
+             or (type(namespace[name]),) for name in DEFAULTS}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             config, _ = configure(namespace, argv)
-        assert all(type(config[name]) in types[name] for name in NAMES)
-        assert config == {name: namespace[name] for name in NAMES}
+        assert all(type(config[name]) in types[name] for name in DEFAULTS)
+        assert config == {name: namespace[name] for name in DEFAULTS}
     except UserError as error:
         assert str(error)
     except SystemExit as stop:
@@ -360,27 +325,15 @@ def test_help_prints_the_docstring_and_each_setting_with_default_and_comment(new
         ["--label=None", "# text or nothing"]]
 
 
-def settings_in(text: str) -> dict[str, str]:
-    """Names and trailing comments of the settings in a script's text, found line by line."""
-    before, _, _ = text.partition("configure(globals()")
-    found = re.findall(r"^([a-z]\w*)(?:: [^=\n]+)? = [^\n]*?(?:  # ([^\n]*))?$", before, re.M)
-    return dict(found)
-
-
 @pytest.mark.parametrize("path", SCRIPTS)
-def test_help_of_every_script_prints_each_setting_with_its_comment(path):
+def test_help_of_every_script_prints_its_settings_with_their_comments(path):
     done = run(ROOT / path, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     shown = dict(re.findall(r"^  --(\w+)=(.*)$", done.stdout, re.M))
-    expected = settings_in((ROOT / path).read_text(encoding="utf-8"))
-    assert expected.keys() <= shown.keys()
-    assert [name for name, comment in expected.items() if not shown[name].endswith(comment)] == []
-
-
-@pytest.mark.parametrize("path", RELIED_ON)
-def test_scripts_have_the_settings_that_users_rely_on(path):
-    shown = re.findall(r"^  --(\w+)=", run(ROOT / path, "--help").stdout, re.M)
-    assert set(RELIED_ON[path].split()) - set(shown) == set()
+    assert shown.keys() >= set(RELIED_ON.get(path, "").split())
+    source, _, _ = (ROOT / path).read_text(encoding="utf-8").partition("configure(globals()")
+    commented = re.findall(r"^([a-z]\w*)\b.* = .*  # (.*)$", source, re.M)
+    assert [name for name, comment in commented if not shown[name].endswith(comment)] == []
 
 
 # ---------------------------------------------------------------------------- scripts as users run
@@ -394,20 +347,15 @@ def nothing_heavy(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("argument", ["--nope=1", "config/nope.py"])
-@pytest.mark.parametrize("path", SCRIPTS)
+@pytest.mark.parametrize("path, argument", [
+    *itertools.product(SCRIPTS, ["--nope=1", "config/nope.py"]),
+    ("train.py", "--dropout=1"), ("sample.py", "--top_k=0"), ("bench.py", "--rounds=0")])
 def test_a_mistake_is_one_line_and_status_2_before_anything_heavy_is_imported(
         path, argument, nothing_heavy):
     done = run(ROOT / path, argument, PYTHONPATH=str(nothing_heavy))
     assert done.returncode == 2
-    assert re.fullmatch(r"error: [^\n]*nope[^\n]*\n", done.stderr)
-    assert done.stdout == ""
-
-
-def test_a_value_out_of_range_is_one_line_and_status_2_before_torch_is_imported(nothing_heavy):
-    done = run(ROOT / "train.py", "--dropout=1", PYTHONPATH=str(nothing_heavy))
-    assert done.returncode == 2
-    assert done.stderr == "error: dropout = 1.0: expected 0 <= dropout < 1\n"
+    name = argument.removeprefix("--").partition("=")[0]
+    assert re.fullmatch(rf"error: [^\n]*{name}[^\n]*\n", done.stderr)
 
 
 # Here --log_interval=0, refused when all has been read, ends train.py before it trains.

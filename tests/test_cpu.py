@@ -137,14 +137,6 @@ def test_naive_attention_equals_fused_attention_with_its_gradients(T, S, dtype, 
                                    atol=2 * tolerance * max(1.0, expected_grad.abs().max()))
 
 
-def test_attention_dropout_keeps_the_mean():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(2000, 1, 1, 8), torch.randn(1, 1, 50, 8), torch.ones(2000, 1, 50, 8)
-    y = cpu.naive_attention(q, k.expand_as(v), v, torch.zeros(1, 50), p=0.3)
-    assert y.std() > 0.01
-    assert y.mean().item() == pytest.approx(1, abs=0.03)
-
-
 # --------------------------------------------------------------------------------------- training
 
 def test_200_accelerated_steps_in_bfloat16_follow_the_losses_of_float32():
@@ -155,13 +147,10 @@ def test_200_accelerated_steps_in_bfloat16_follow_the_losses_of_float32():
         if accelerated:
             cpu.accelerate(gpt)
         optimizer = gpt.configure_optimizers(0.1, 1e-3, (0.9, 0.99))
-        successors = torch.randint(64, (64, 4))  # each token is followed by one of four
-        text = [0]
-        for choice in torch.randint(4, (4000,)).tolist():
-            text.append(successors[text[-1], choice].item())
-        text, losses = torch.tensor(text), []
+        losses = []
         for _ in range(200):
-            x = torch.stack([text[i:i + 33] for i in torch.randint(len(text) - 33, (8,))])
+            start, stride = torch.randint(64, (8, 1)), torch.randint(1, 4, (8, 1))
+            x = (start + stride * torch.arange(33)) % 64
             with torch.autocast("cpu", torch.bfloat16, enabled=accelerated):
                 loss = gpt(x[:, :-1], x[:, 1:], loss_only=True)[1]
             loss.backward()

@@ -1,4 +1,4 @@
-"""Muon against torch.optim.Muon, torch.optim.AdamW and singular values."""
+"""Muon against torch.optim.Muon and torch.optim.AdamW."""
 
 import re
 
@@ -6,27 +6,29 @@ import pytest
 import torch
 from conftest import MODERN
 
-from engine.muon import Muon, configure_muon, newton_schulz
+from engine.muon import Muon, configure_muon
 from model import GPT, GPTConfig
 
 GROUP = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "n_splits": 1, "dtype": torch.float32}
 
 
-def take_steps(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter]) -> None:
-    """3 steps with random gradients, the same in every call."""
+def take_steps(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter],
+               scale: float = 1.0) -> None:
+    """3 steps with random gradients of this size, the same in every call."""
     torch.manual_seed(0)
     for _ in range(3):
         for p in params:
-            p.grad = torch.randn_like(p)
+            p.grad = scale * torch.randn_like(p)
         optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(32, 32), (64, 16), (16, 64)])
-def test_a_matrix_is_updated_as_by_torchs_muon(shape, dtype):
+@pytest.mark.parametrize("shape, scale", [
+    ((32, 32), 1.0), ((64, 16), 1.0), ((16, 64), 1.0), ((24, 40), 1e-4)])
+def test_a_matrix_is_updated_as_by_torchs_muon(shape, scale, dtype):
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-    take_steps(Muon([GROUP | {"params": [ours], "dtype": dtype}], fused=True), [ours])
-    take_steps(torch.optim.Muon([theirs], lr=0.02, momentum=0.9, weight_decay=0.1), [theirs])
+    take_steps(Muon([GROUP | {"params": [ours], "dtype": dtype}], fused=True), [ours], scale)
+    take_steps(torch.optim.Muon([theirs], lr=0.02, momentum=0.9, weight_decay=0.1), [theirs], scale)
     assert (ours - theirs).norm() < 0.03 * (theirs - 1).norm()  # theirs is in bfloat16
 
 
@@ -40,25 +42,6 @@ def test_stacked_matrices_are_updated_separately():
     Muon([GROUP | {"params": [whole], "n_splits": 3}], fused=True).step()
     Muon([GROUP | {"params": parts}], fused=True).step()
     torch.testing.assert_close(whole, torch.cat(parts))
-
-
-def test_newton_schulz_keeps_singular_vectors_and_evens_singular_values():
-    torch.manual_seed(0)
-    x = torch.randn(4, 24, 40)
-    u, s, v = torch.linalg.svd(x, full_matrices=False)
-    rotated = u.mT @ newton_schulz(x, torch.float32) @ v.mT  # diagonal if the vectors are kept
-    values = rotated.diagonal(dim1=1, dim2=2)
-    assert s.max() / s.min() > 5
-    assert values.min() > 0.6 and values.max() < 1.3
-    assert (rotated - torch.diag_embed(values)).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-4])
-def test_newton_schulz_in_bfloat16_is_accurate_for_gradients_of_any_size(scale):
-    torch.manual_seed(0)
-    x = torch.randn(2, 24, 40)
-    exact = newton_schulz(x, torch.float32)
-    assert (newton_schulz(scale * x, torch.bfloat16) - exact).norm() < 0.03 * exact.norm()
 
 
 def test_the_other_groups_are_updated_by_adamw():
