@@ -635,8 +635,8 @@ def read_file(file: Path, mmap: bool = False) -> dict:
         raise ValueError(f"cannot read {file}: {error.strerror or error}") from None
     except Exception as error:  # the libraries raise exceptions of many classes
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"cannot read {file}: it is damaged, or holds more than plain data "
-                         f"({reason:.100})") from None
+        raise ValueError(f"cannot read {file}: it is damaged, of another format, or holds more "
+                         f"than plain data ({reason:.100})") from None
 
 
 def read_hugging_face(name_or_path: str) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -173,7 +173,7 @@ CASES = {
         "resume", ["ckpt.pt", "damaged"],
         {"out/ckpt.pt": lambda content: flip_bits(content, 0.5, 0.51)}),
     "a text file as checkpoint": Case(
-        "resume", ["ckpt.pt", "no checkpoint", "move it away"], {"out/ckpt.pt": b"text"}),
+        "resume", ["ckpt.pt", "of another format", "move it away"], {"out/ckpt.pt": b"text"}),
     "a checkpoint without a tensor": Case(
         "resume", ["ckpt.pt", "Missing key(s)", C_FC], edited(lambda c: c["model"].pop(C_FC))),
     "a checkpoint with a weight that is nan": Case(
@@ -182,15 +182,15 @@ CASES = {
     "a checkpoint without an optimizer": Case(
         "resume", ["ckpt.pt", "optimizer", "--init_from="], edited(lambda c: c.pop("optimizer"))),
     "a malicious checkpoint": Case(
-        "resume", ["ckpt.pt", "more than plain data"],
+        "resume", ["ckpt.pt", "than plain data"],
         {"out/ckpt.pt": saved({"model": {}, "model_args": {}, "config": Malicious()})}),
     "a malicious checkpoint of the old format": Case(
-        "sample --checkpoint=ckpt.pt", ["ckpt.pt", "more than plain data"],
+        "sample --checkpoint=ckpt.pt", ["ckpt.pt", "than plain data"],
         {"out/ckpt.pt": pickle.dumps(Malicious(), protocol=2)}),
     "no checkpoint in the folder to sample from": Case(
         "sample --out_dir=data", ["no checkpoint data/ckpt.pt", "train first"]),
     "a folder as checkpoint": Case(
-        "sample --checkpoint=../data", ["out/../data", "Is a directory"]),
+        "sample --checkpoint=../data", ["out/../data", "no checkpoint"]),
     # pretrained weights
     "a model that cannot be downloaded": Case(
         "sample --init_from=owner/name", ["owner/name", "neither a local file or folder", "hub"]),
