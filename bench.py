@@ -5,6 +5,7 @@
     python bench.py --mode=sample --num_samples=10 --json=bench.json
     python bench.py --mode=data                                # data/openwebtext/prepare.py
     python bench.py --mode=train --profile=True                # and a trace of two steps
+    python bench.py config/train_gpt2.py --mode=plan --gpu=H100 --n_gpus=8   # needs no GPU
 
 Needs neither a dataset nor a GPU. What is compared is timed in turn, round by round, and with it a
 matrix product and a memory read, so that a change in the machine's load affects all alike. Figures
@@ -22,7 +23,7 @@ from importlib.util import find_spec
 
 from configurator import ROOT, UserError, check, check_choice, configure, user_errors
 
-mode: str | None = None  # train | sample | data | all; None: train and sample
+mode: str | None = None  # train | sample | data | plan | all (three); None: train and sample
 peer: str | None = None  # plain (PyTorch's layers, float32, no cache) | transformers
 rounds: int | None = None  # timed calls of each function; None: 20 on a GPU, 5 elsewhere
 json: str | None = None  # write the figures, and a description of the machine, to this file
@@ -49,12 +50,18 @@ optimizer = "adamw"  # adamw | muon (for matrices of the blocks, with AdamW for 
 num_samples = 1  # drawn as one batch
 new_tokens = 256  # per sample
 top_k = 200  # sample from the k most likely tokens
+# planning a run: mode = plan
+gpu = "A100"  # a name in PEAK_TFLOPS, engine/runtime.py
+n_gpus = 1
+gpu_memory_gb: float | None = None  # None: what such a GPU has
+mfu = 0.3  # fraction of the GPU's peak that the run will reach
+usd_per_gpu_hour: float | None = None
 # machine
 seed = 1337
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
 dtype: str | None = None  # float32 | bfloat16 | float16; None: choose by hardware and model width
 compile: bool | None = None  # torch.compile; None: on a GPU, and on a CPU for long runs
-max_iters = 600000  # total number of steps, by which compile = None tells a long run
+max_iters = 600000  # total number of steps, for mode = plan and compile = None
 gradient_accumulation_steps = 5 * 8  # micro-batches per step, likewise
 
 config, _ = configure(globals(), also_accept=ROOT / "train.py")
@@ -62,9 +69,11 @@ check(globals(), "rounds is None or rounds >= 1", "json != ''", "1 <= input_mb <
       "batch_size is None or batch_size >= 1", "block_size >= 1", "n_layer >= 1", "n_head >= 1",
       "n_embd >= 1", "0 <= dropout < 1", "num_samples >= 1", "new_tokens >= 1", "top_k >= 1",
       "0 <= seed < 2**64", "gradient_accumulation_steps >= 1", "max_iters >= 1",
+      "n_gpus >= 1", "0 < mfu <= 1", "gpu_memory_gb is None or gpu_memory_gb > 0",
+      "usd_per_gpu_hour is None or usd_per_gpu_hour >= 0",
       "not profile or mode in (None, 'train', 'all')",
       "peer != 'transformers' or mode in ('train', 'data') or new_tokens < block_size")
-check_choice("mode", str(mode), ["train", "sample", "data", "all", "None"])
+check_choice("mode", str(mode), ["train", "sample", "data", "plan", "all", "None"])
 check_choice("peer", str(peer), ["plain", "transformers", "None"])
 check_choice("optimizer", optimizer, ["adamw", "muon"])
 modes = {None: ["train", "sample"], "all": ["train", "sample", "data"]}.get(mode, [mode])
@@ -100,23 +109,51 @@ from data.tokenizer import GPT2Tokenizer, load_meta
 from engine import cpu, runtime
 from engine.metrics import Stopwatch
 from engine.muon import configure_muon
+from engine.plan import plan
 from model import ACTIVATIONS, GPT, GPTConfig
+
+# ----------------------------------------------------------------------------------------- results
+
+results = {"settings": config}
+
+
+def record(section: str, **figures: float | None) -> None:
+    """Add figures to results, and print those that are known on this machine."""
+    results.setdefault(section, {}).update(figures)
+    for name, value in figures.items():
+        if value is not None:
+            digits = 3 if value < 10 else 1 if value < 1000 else 0
+            print(f"{section:9}{name:25}{value:,.{digits}f}", flush=True)
+
+
+def write_results() -> None:
+    """Write results to the file `json`, if there is one."""
+    if json:
+        with bins.atomic_write(Path(json)) as file:
+            file.write(dumps(results, indent=1).encode())
+
 
 # ------------------------------------------------------------------------------ model and machine
 
 if runtime.dist_info()[1] > 1:
     raise UserError("bench.py measures one process: start it without torchrun")
-runtime.check_machine(device, dtype, compile)
-gpu = runtime.choose_device(device).type == "cuda"
-batch_size = batch_size or (12 if gpu else 1)
-rounds = rounds or (20 if gpu else 5)
 path = bins.dataset_folder(dataset) / "train.bin"
 has_data = real_data and path.exists()
 meta = load_meta(path.parent) if has_data else None  # None for GPT-2 BPE
 vocab_size = meta["vocab_size"] if meta else 50304  # 50,257, padded to a multiple of 64
 torch.manual_seed(seed)
-with user_errors():
+with user_errors(), torch.device("meta" if mode == "plan" else "cpu"):
     model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)}))
+if mode == "plan":
+    record("plan", **plan(model, gpu, n_gpus, gpu_memory_gb, dtype, optimizer, batch_size or 12,
+                          gradient_accumulation_steps, max_iters, mfu, usd_per_gpu_hour))
+    write_results()
+    sys.exit()
+
+runtime.check_machine(device, dtype, compile)
+on_gpu = runtime.choose_device(device).type == "cuda"
+batch_size = batch_size or (12 if on_gpu else 1)
+rounds = rounds or (20 if on_gpu else 5)
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 run_flops = model.flops_per_token() * tokens_per_iter * max_iters if "train" in modes else 0
 rt = runtime.start(device, dtype, compile, n_embd, run_flops)
@@ -125,10 +162,10 @@ model.to(rt.device)
 if rt.device.type == "cpu":
     cpu.accelerate(model)
 capabilities = torch.cpu.get_capabilities()
-results = {
+results |= {
     "settings": config | {"batch_size": batch_size, "rounds": rounds},
     "machine": {
-        "processor": torch.cuda.get_device_name(rt.device) if gpu else
+        "processor": torch.cuda.get_device_name(rt.device) if on_gpu else
         capabilities.get("cpu_name", platform.machine()),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "flags": [name for name, value in capabilities.items() if value is True],
@@ -143,7 +180,7 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of resource.getrusa
 def time_interleaved(fns: dict[str, Callable]) -> dict[str, list[float]]:
     """Seconds per call of each function, by name. A round calls all of them; the first, a warm-up,
     does not count. Records the FLOP/s of a matrix product and the bytes/s of a memory read."""
-    n = 8192 if gpu else 2048
+    n = 8192 if on_gpu else 2048
     matrix = torch.randn(n, n, device=rt.device, dtype=torch_dtype)
     array = torch.ones(2**26, device=rt.device)  # 256 MB, more than a cache holds
     fns = fns | {"matmul": lambda: matrix @ matrix, "read": array.sum}
@@ -170,18 +207,9 @@ def compare(seconds: dict[str, list[float]]) -> dict[str, float]:
             "times_as_long_min": min(ratios), "times_as_long_max": max(ratios)}
 
 
-def record(section: str, **figures: float | None) -> None:
-    """Add figures to results, and print those that are known on this machine."""
-    results.setdefault(section, {}).update(figures)
-    for name, value in figures.items():
-        if value is not None:
-            digits = 3 if value < 10 else 1 if value < 1000 else 0
-            print(f"{section:9}{name:25}{value:,.{digits}f}", flush=True)
-
-
 def peak_memory() -> int | None:
     """Peak memory in bytes: of tensors on a GPU, else of this process; None on Windows."""
-    if gpu:
+    if on_gpu:
         return torch.cuda.max_memory_allocated(rt.device)
     if not find_spec("resource"):
         return None
@@ -308,7 +336,7 @@ if "train" in modes:
 
 if "sample" in modes:
     model.to(torch_dtype).eval()
-    if compile or (gpu and rt.compile):  # on a CPU only if asked for
+    if compile or (on_gpu and rt.compile):  # on a CPU only if asked for
         model.compile_decode()
     idx = torch.zeros(num_samples, 1, dtype=torch.long, device=rt.device)  # (B, T)
     fns = {"ours": partial(model.generate, idx, new_tokens, top_k=top_k)}
@@ -355,6 +383,4 @@ if "data" in modes:
            peak_memory_mb=max(peaks) * RSS_UNIT / 1e6 or None,  # of the largest process
            of_tiktoken=dt / median(seconds["tiktoken"]))
 
-if json:
-    with bins.atomic_write(Path(json)) as file:
-        file.write(dumps(results, indent=1).encode())
+write_results()

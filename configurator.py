@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, NoneType, TracebackType
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent
 TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text",
@@ -36,7 +37,7 @@ class RunError(Exception):
 
 
 def configure(settings: dict, argv: list[str] | None = None, also_accept: Path | None = None,
-              ) -> tuple[dict, dict]:
+              file: TextIO | None = None) -> tuple[dict, dict]:
     """Override a script's settings from config files and --key=value arguments.
 
     settings: the script's `globals()`, changed in place. Its public lower-case variables that
@@ -44,6 +45,7 @@ def configure(settings: dict, argv: list[str] | None = None, also_accept: Path |
         gives the types that one accepts, otherwise it is the type of the default.
     argv: arguments without the program's name; None: `sys.argv[1:]`.
     also_accept: a script whose settings config files may contain too; they are ignored.
+    file: where the settings that differ from the defaults are printed; None: stdout.
     Returns (config, overrides): all settings, and those that files or arguments gave, whether or
         not they differ from the default.
     Raises UserError. From here on, an uncaught UserError ends the process with one line on stderr
@@ -76,14 +78,24 @@ def configure(settings: dict, argv: list[str] | None = None, also_accept: Path |
     settings.update(overrides)
     changed = [f"{k}={v!r}" for k, v in overrides.items() if v != defaults[k]]
     if changed:
-        print0("settings:", *changed)
+        print0("settings:", *changed, file=file)
     return defaults | overrides, overrides
 
 
-def print0(*values: object) -> None:
-    """Print in the main process only."""
+def print0(*values: object, file: TextIO | None = None) -> None:
+    """Print in the main process only, to a file; None: stdout."""
     if os.environ.get("RANK", "0") == "0":
-        print(*values, flush=True)
+        try:
+            print(*values, flush=True, file=file)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            _discard_output()  # the terminal is gone, as after a dropped ssh; SIGHUP follows
+
+
+def _discard_output() -> None:
+    """Send what stdout still holds, and all to come, to the null device."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check(settings: dict, *rules: str) -> None:
@@ -103,7 +115,7 @@ def check_choice(name: str, value: str, choices: list[str]) -> str:
     """Return `value` if it is one of `choices`; else raise UserError that lists them."""
     if value not in choices:
         raise UserError(f"{name} = {value!r}: expected one of {', '.join(choices)}"
-                        f"{_nearest(value, choices)}")
+                        f"{nearest(value, choices)}")
     return value
 
 
@@ -143,7 +155,9 @@ def _run_config(arg: str, current: dict, ignored: dict) -> dict:
     """Execute one config file; return the settings that it assigns."""
     path = next((p for p in (Path(arg), ROOT / arg) if os.path.exists(p)), None)
     if path is None:
-        raise UserError(f"no config file {arg!r}: arguments are config files and --key=value")
+        names = [path.stem for path in sorted((ROOT / "config").glob("*.py"))]
+        raise UserError(f"no config file {arg!r}{nearest(Path(arg).stem, names)}: arguments are "
+                        f"config files and --key=value")
     # Current settings are visible as builtins, so that the namespace holds only assignments.
     namespace = {"__builtins__": vars(builtins) | current, "__file__": str(path)}
     try:
@@ -162,12 +176,14 @@ def _check_name(name: str, types: dict, what: str) -> None:
     if name in RENAMED:
         raise UserError(f"{what} {name!r} is now {RENAMED[name]}")
     if name not in types:
-        raise UserError(f"{what} {name!r} does not exist{_nearest(name, list(types))}; "
+        raise UserError(f"{what} {name!r} does not exist"
+                        f"{nearest(name.replace('-', '_'), list(types))}; "
                         f"--help lists the settings")
 
 
-def _nearest(word: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(word.replace("-", "_"), choices, n=1, cutoff=0.5)
+def nearest(word: str, choices: list[str]) -> str:
+    """A question that names the choice most like a mistyped word; empty if none is like it."""
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -233,7 +249,7 @@ def _report_and_exit(kind: type, error: BaseException, trace: TracebackType) -> 
     try:
         sys.stdout.flush()
     except OSError:  # discard the output, so that Python's own flush at the end cannot fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
     if message:
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)

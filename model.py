@@ -1,11 +1,14 @@
 """GPT-2 in one file; rotary positions, QK-norm, squared ReLU and smear as settings.
 
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65))
+    optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95))
     logits, loss = model(idx, targets)                 # idx, targets: (B, T) int64
+    loss.backward()
+    optimizer.step()
     tokens = model.generate(idx, max_new_tokens=100, top_k=200)
     model = GPT.from_pretrained("gpt2")                # or a run's out_dir, or its ckpt.pt
 
-Needs torch alone (and safetensors, huggingface_hub where Hugging Face files are loaded), so this
+Needs torch alone (and safetensors, huggingface_hub for files of Hugging Face's libraries), so this
 file can be copied into another project. The letters in the shape comments:
 
     B  batch size            H  attention heads (n_head)     S  keys attended to: T, or in
@@ -17,7 +20,7 @@ import json
 import math
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -566,6 +569,37 @@ class GPT(nn.Module):
         model.load_weights(state, source=name_or_path)
         return model
 
+    def save_pretrained(self, folder: str | Path, eos_token_id: int | None = None) -> None:
+        """Write the model in Hugging Face's format of a GPT-2: config.json, model.safetensors and
+        generation_config.json. Biases that it lacks are written as zeros.
+
+        eos_token_id: the id that ends a text. Raises ValueError for what GPT-2 does not have.
+        """
+        from safetensors.torch import save_file
+        c = self.config
+        departures = [f"{name} = {getattr(c, name)!r}" for name in ("positions", "qk_norm", "smear")
+                      if getattr(c, name) != getattr(GPTConfig, name)]
+        if departures:
+            raise ValueError(f"{' and '.join(departures)}: a GPT-2 cannot have this, so it cannot "
+                             f"be written for Hugging Face's libraries")
+        activation = next(key for key, value in HF_ACTIVATIONS.items() if value == c.activation)
+        token_ids = {"bos_token_id": eos_token_id, "eos_token_id": eos_token_id}
+        hf = HF_FIXED | token_ids | {key: getattr(c, name) for key, name in HF_SIZES.items()} | {
+            "architectures": ["GPT2LMHeadModel"], "activation_function": activation,
+            "tie_word_embeddings": c.tie_weights, "torch_dtype": "float32",
+            **{f"{part}_pdrop": c.dropout for part in ("attn", "embd", "resid")}}
+        with torch.device("meta"):
+            shapes = GPT(replace(c, bias=True)).state_dict()
+        state = {name: torch.zeros(t.shape, device="cpu") for name, t in shapes.items()}
+        state |= {name: t.float().cpu() for name, t in self.state_dict().items()}
+        state = {name: (t.t() if name.endswith(HF_TRANSPOSED) else t).contiguous()
+                 for name, t in state.items() if not (c.tie_weights and name == "lm_head.weight")}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, contents in (("config", hf), ("generation_config", token_ids)):
+            file = Path(folder) / f"{name}.json"
+            file.write_text(json.dumps(contents, indent=2), encoding="utf-8")
+        save_file(state, Path(folder) / "model.safetensors", {"format": "pt"})
+
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of matrix products with x: autocast's where that is enabled, else x's own."""
@@ -639,6 +673,17 @@ def read_file(file: Path, mmap: bool = False) -> dict:
                          f"than plain data ({reason:.100})") from None
 
 
+# GPT-2 in Hugging Face's format: its names for our settings, and what model.py always computes.
+HF_SIZES = {"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer",
+            "n_head": "n_head", "n_embd": "n_embd"}
+HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
+                  "relu": "relu", "relu2": "relu2"}
+HF_FIXED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False}
+# GPT-2's Conv1D stores (in, out), nn.Linear (out, in).
+HF_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
 def read_hugging_face(name_or_path: str) -> tuple[dict, dict[str, torch.Tensor]]:
     """GPTConfig arguments and state dict of a GPT-2 in Hugging Face's format.
 
@@ -651,29 +696,26 @@ def read_hugging_face(name_or_path: str) -> tuple[dict, dict[str, torch.Tensor]]
     if not files or not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no pretrained model: expected config.json, and "
                          f"model.safetensors or pytorch_model.bin, whole or in shards")
-    sizes = {"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer",
-             "n_head": "n_head", "n_embd": "n_embd"}
-    activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
-                   "relu": "relu"}
-    # What model.py computes, whatever config.json may say; it may leave these out.
-    fixed = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
-             "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-    hf = fixed | {"activation_function": "gelu_new"} | read_file(folder / "config.json")
-    activation = activations.get(str(hf["activation_function"]))
-    wrong = [key for key in fixed if hf[key] != fixed[key]]
-    wrong += [key for key in sizes if type(hf.get(key)) is not int]
+    # config.json may leave these out.
+    defaults = HF_FIXED | {"activation_function": "gelu_new", "tie_word_embeddings": True}
+    hf = defaults | read_file(folder / "config.json")
+    activation = HF_ACTIVATIONS.get(str(hf["activation_function"]))
+    wrong = [key for key in HF_FIXED if hf[key] != HF_FIXED[key]]
+    wrong += [key for key in HF_SIZES if type(hf.get(key)) is not int]
     wrong += [] if activation else ["activation_function"]
     if wrong:
         raise ValueError(f"{name_or_path} is not a GPT-2 of this form: its config.json has "
                          + ", ".join(f"{key} = {hf.get(key)!r}" for key in wrong))
+    model_args = {HF_SIZES[key]: hf[key] for key in HF_SIZES}
+    model_args |= {"activation": activation, "tie_weights": bool(hf["tie_word_embeddings"])}
     state = {}
     for file in files:
         for name, tensor in read_file(file, mmap=True).items():
-            if name.endswith(("attn.c_attn.weight", "c_proj.weight", "mlp.c_fc.weight")):
-                tensor = tensor.t()  # GPT-2's Conv1D stores (in, out), nn.Linear (out, in)
+            if name.endswith(HF_TRANSPOSED):
+                tensor = tensor.t()
             prefixed = name.startswith(("transformer.", "lm_head."))
             state[name if prefixed else f"transformer.{name}"] = tensor
-    return {sizes[key]: hf[key] for key in sizes} | {"activation": activation}, state
+    return model_args, state
 
 
 def download_from_hub(repository: str) -> Path:

@@ -3,33 +3,44 @@
     python sample.py --out_dir=out-shakespeare-char              # a run of train.py
     python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=1
     python sample.py --out_dir=out --start=FILE:prompt.txt       # a prompt from a file
+    python sample.py --out_dir=out --interactive=True            # one prompt after another
+    python sample.py --out_dir=out --export=my-model             # a folder for transformers
 
-Settings are the variables below; config files and --key=value arguments override them.
+Settings are the variables below; config files and --key=value arguments override them. The text
+goes to stdout, everything else to stderr.
 """
 
-from configurator import UserError, check, configure, user_errors
+import sys
+
+from configurator import UserError, check, check_choice, configure, user_errors
 
 init_from = "resume"  # resume (the run in out_dir) | gpt2* | a path | owner/name on the hub
 out_dir = "out"
 checkpoint: str | None = None  # a file in out_dir; None: best.pt, or else ckpt.pt
-start = "\n"  # the prompt, or FILE:path of a UTF-8 text file
+start: str | None = None  # the prompt; FILE:path of a text file; - for stdin; None: a line break
+interactive = False  # ask for one prompt after another
+export: str | None = None  # write the model to this folder, for transformers, instead of sampling
 num_samples = 10  # drawn as one batch; a single one is printed token by token
 max_new_tokens = 500  # per sample
 temperature = 0.8  # divides the logits; below 1: less random, 0: greedy
 top_k: int | None = 200  # sample from the k most likely tokens; None: from all
 top_p: float | None = None  # sample from the most likely tokens with this total probability
 repetition_penalty = 1.0  # above 1: lower the logits of tokens that occurred
-stop: str | None = None  # end a sample at this token, such as "<|endoftext|>"
+stop: str | None = None  # end a sample after this text, such as "<|endoftext|>"
 seed = 1337
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
 dtype: str | None = None  # float32 | bfloat16 | float16; None: choose by hardware and model width
 compile: bool | None = False  # torch.compile, which takes about a minute; None: on a GPU
 
-configure(globals())
-check(globals(), "num_samples >= 1", "max_new_tokens >= 0", "temperature >= 0",
-      "top_k is None or top_k >= 1", "top_p is None or 0 < top_p <= 1",
-      "0.01 <= repetition_penalty <= 100", "start != ''", "0 <= seed < 2**64")
+configure(globals(), file=sys.stderr)
+rules = ["num_samples >= 1", "max_new_tokens >= 0", "temperature >= 0",
+         "top_k is None or top_k >= 1", "top_p is None or 0 < top_p <= 1",
+         "0.01 <= repetition_penalty <= 100", "start != ''", "stop != ''", "export != ''",
+         "start is None or not interactive", "0 <= seed < 2**64"]
+check(globals(), *rules)
 
+import time
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -37,6 +48,7 @@ import torch
 from data.tokenizer import get_tokenizer
 from engine import cpu, runtime
 from engine.checkpoint import load, load_pretrained, meta_of, path_to_sample
+from engine.export import export_model
 from model import GPT
 
 # ------------------------------------------------------------------------------- model, tokenizer
@@ -44,6 +56,7 @@ from model import GPT
 if runtime.dist_info()[1] > 1:
     raise UserError("sample.py runs in one process: start it without torchrun")
 runtime.check_machine(device, dtype, compile)
+contents = {}
 with user_errors():
     if init_from == "resume":
         path = Path(out_dir) / checkpoint if checkpoint else path_to_sample(out_dir)
@@ -51,7 +64,13 @@ with user_errors():
         model, meta = GPT.from_checkpoint(contents, {"dropout": 0.0}, path), meta_of(contents)
     else:
         model, meta = load_pretrained(init_from)
-rt = runtime.start(device, dtype, compile, model.config.n_embd, flops=0)
+    if export:
+        export_model(Path(export), model, meta, contents)
+        print(f"wrote {export}: AutoModelForCausalLM.from_pretrained({export!r}) reads it",
+              file=sys.stderr)
+        sys.exit()
+with redirect_stdout(sys.stderr):
+    rt = runtime.start(device, dtype, compile, model.config.n_embd, flops=0)
 # All weights in dtype: decoding is limited by reading them, and autocast would read float32.
 model.eval().to(rt.device, getattr(torch, rt.dtype))
 if rt.device.type == "cpu":
@@ -60,33 +79,85 @@ if rt.compile:
     model.compile_decode()
 tokenizer = get_tokenizer(meta)
 
-# ---------------------------------------------------------------------------------------- prompt
-
-if start.startswith("FILE:"):
-    try:
-        start = Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt {start}: {error}") from None
-prompt = tokenizer.encode(start)
-stop_ids = tokenizer.encode(stop) if stop else [None]
-if len(stop_ids) != 1:
-    raise UserError(f"stop = {stop!r} is {len(stop_ids)} tokens: expected one")
-idx = torch.tensor([prompt] * num_samples, device=rt.device)  # (B, T)
-
 # -------------------------------------------------------------------------------------- sampling
 
-torch.manual_seed(seed)
-options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
-           "top_p": top_p, "repetition_penalty": repetition_penalty, "stop": stop_ids[0],
-           "n_vocab": tokenizer.n_vocab}
-with user_errors():
+
+def sample(prompt: str) -> None:
+    """Print continuations of a prompt, a single one as it is generated."""
+    idx = torch.tensor([tokenizer.encode(prompt)] * num_samples, device=rt.device)  # (B, T)
+    rows, texts, n_printed = [[] for _ in idx], [prompt] * num_samples, 0
+    start_time = time.time()
+    for step in model.stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty,
+                             n_vocab=tokenizer.n_vocab):
+        for row, token in zip(rows, step.tolist(), strict=True):
+            row.append(token)
+        if num_samples == 1 or stop or len(rows[0]) == max_new_tokens:
+            texts = [prompt + up_to_stop(tokenizer.decode(row)) for row in rows]
+        if num_samples == 1:
+            # The last character may lack bytes: it is printed when it is complete.
+            print(texts[0].rstrip("\ufffd")[n_printed:], end="", flush=True)
+            n_printed = len(texts[0].rstrip("\ufffd"))
+        if stop and all(text.endswith(stop) for text in texts):
+            break
     if num_samples == 1:
-        print(start, end="", flush=True)
-        for text in tokenizer.decode_stream(step.item() for step in model.stream(idx, **options)):
-            print(text, end="", flush=True)
-        print()
+        print(texts[0][n_printed:])
     else:
-        for row in model.generate(idx, **options).tolist():
-            if stop_ids[0] in row[len(prompt):]:
-                row = row[:row.index(stop_ids[0], len(prompt)) + 1]
-            print(tokenizer.decode(row), end="\n---------------\n")
+        for text in texts:
+            print(text, end="\n---------------\n")
+    n_tokens = sum(map(len, rows))
+    print(f"{n_tokens / (time.time() - start_time):,.0f} tokens per second", file=sys.stderr)
+
+
+def up_to_stop(text: str) -> str:
+    """The text up to the end of `stop`, if that occurs."""
+    head, found, _ = text.partition(stop) if stop else (text, "", "")
+    return head + found
+
+
+def change_setting(command: str) -> None:
+    """Carry out a line such as "/temperature 0.7"."""
+    names = ["max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop"]
+    name, _, value = command[1:].partition(" ")
+    if check_choice("command", name, [*names, "help"]) == "help":
+        print(*(f"/{name} {globals()[name]}" for name in names), sep="\n")
+        return
+    changed = dict(globals())
+    configure(changed, [f"--{name}={value.strip()}"], file=sys.stderr)
+    check(changed, *rules)
+    globals()[name] = changed[name]
+
+
+def read_prompt(start: str | None) -> str:
+    if start is None:
+        return tokenizer.default_prompt
+    try:
+        if start == "-":
+            return sys.stdin.read()
+        if start.startswith("FILE:"):
+            return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompt {start}: {error}") from None
+    return start
+
+
+torch.manual_seed(seed)
+if not interactive:
+    with user_errors():
+        sample(read_prompt(start))
+    sys.exit()
+
+with suppress(ImportError):  # Windows edits lines without it
+    import readline  # noqa: F401
+num_samples = 1
+print("type a text to continue; /help lists settings, Ctrl-C ends a sample, Ctrl-D the session",
+      file=sys.stderr)
+while True:
+    try:
+        line = input("> ")
+        change_setting(line) if line.startswith("/") else sample(line or tokenizer.default_prompt)
+    except (UserError, ValueError) as error:
+        print(error, file=sys.stderr)
+    except KeyboardInterrupt:
+        print()
+    except EOFError:
+        break

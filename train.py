@@ -20,6 +20,7 @@ eval_iters = 200  # batches per evaluation; 0: the whole validation split, each 
 eval_only = False  # evaluate once and write nothing
 always_save_checkpoint = True  # save ckpt.pt after each evaluation; False: only at the end
 keep_every = 0  # steps between checkpoints that are kept, such as ckpt_00001000.pt; 0: none
+sample_every = 0  # steps between samples of text, printed and logged; 0: none
 init_from = "scratch"  # scratch | resume | auto (resume if possible) | gpt2* | a path | owner/name
 # logging
 wandb_log = False  # log to Weights & Biases
@@ -74,17 +75,19 @@ config, overrides = configure(globals())
 start_time = time.time()
 rules = [
     "out_dir != ''", "eval_interval >= 0", "log_interval >= 1", "eval_iters >= 0",
-    "keep_every >= 0", "gradient_accumulation_steps >= 1", "batch_size >= 1", "block_size >= 1",
-    "n_layer >= 1", "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1", "learning_rate > 0",
-    "max_iters >= 0", "weight_decay >= 0", "0 <= beta1 < 1", "0 <= beta2 < 1", "muon_lr > 0",
-    "0 <= muon_momentum < 1", "embedding_lr is None or embedding_lr > 0",
-    "head_lr is None or head_lr > 0", "grad_clip >= 0", "max_bad_steps >= 1",
-    "0 < cooldown_frac <= 1", "warmup_iters >= 0", "lr_decay_iters >= 1", "min_lr >= 0",
-    "0 <= seed < 2**64", "1 <= collective_timeout <= 10**6"]
+    "keep_every >= 0", "sample_every >= 0", "gradient_accumulation_steps >= 1", "batch_size >= 1",
+    "block_size >= 1", "n_layer >= 1", "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1",
+    "learning_rate > 0", "max_iters >= 0", "weight_decay >= 0", "0 <= beta1 < 1",
+    "0 <= beta2 < 1", "muon_lr > 0", "0 <= muon_momentum < 1",
+    "embedding_lr is None or embedding_lr > 0", "head_lr is None or head_lr > 0",
+    "grad_clip >= 0", "max_bad_steps >= 1", "0 < cooldown_frac <= 1", "warmup_iters >= 0",
+    "lr_decay_iters >= 1", "min_lr >= 0", "0 <= seed < 2**64", "1 <= collective_timeout <= 10**6"]
 check(globals(), *rules)
 
 import gc
 import math
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -95,11 +98,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data import bins
-from data.tokenizer import load_meta
+from data.tokenizer import get_tokenizer, load_meta
 from engine import checkpoint, cpu, runtime
 from engine.metrics import Metrics, Stopwatch, check_loggers
 from engine.muon import configure_muon
 from engine.out_dir import prepare_out_dir
+from engine.progress import Progress, duration
 from model import ACTIVATIONS, GPT, POSITIONS, GPTConfig
 
 resumed = checkpoint.load_to_resume(out_dir, init_from)  # None for a new run
@@ -119,14 +123,17 @@ runtime.check_machine(device, dtype, compile)
 
 # ------------------------------------------------------------------------------------------- data
 
-# The first element of every seed, which keeps the four streams of random numbers independent.
-TRAIN_BATCHES, TRAIN_EVALUATION, VAL_EVALUATION, DROPOUT = range(4)
+# The first element of every seed, which keeps the streams of random numbers independent.
+TRAIN_BATCHES, TRAIN_EVALUATION, VAL_EVALUATION, DROPOUT, SAMPLE = range(5)
 
 folder = bins.dataset_folder(dataset)
 train_tokens = bins.open_bin(folder / "train.bin", block_size)
 val_tokens = bins.open_bin(folder / "val.bin", block_size)
 meta = load_meta(folder)  # None for GPT-2 BPE
+val_bytes = bins.val_bytes(folder)
+bytes_per_token = val_bytes and val_bytes / len(val_tokens)  # None if it is not known
 vocab_size = meta["vocab_size"] if meta else 50304  # 50,257, padded to a multiple of 64
+tokenizer = get_tokenizer(meta) if sample_every else None
 
 # ------------------------------------------------------------------------------------------ model
 
@@ -172,6 +179,7 @@ scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
 state = resumed or checkpoint.NEW_RUN
 iter_num, best_val_loss = state["iter_num"], float(state["best_val_loss"])
 history, seconds_before, bad_steps = list(state["history"]), state["seconds"], state["bad_steps"]
+command = state["command"] or shlex.join(["python", *sys.argv])
 saved_iter = None  # the step that ckpt.pt holds
 if resumed:
     checkpoint.load_optimizer(opt, scaler, resumed)
@@ -193,8 +201,8 @@ def lr_at(i: int) -> float:
         cooldown = min(cooldown_frac * lr_decay_iters, lr_decay_iters - warmup_iters)
         fraction = min(1, (lr_decay_iters - i) / cooldown)
     else:
-        progress = (i - warmup_iters) / (lr_decay_iters - warmup_iters)
-        fraction = (1 + math.cos(math.pi * progress)) / 2
+        decayed = (i - warmup_iters) / (lr_decay_iters - warmup_iters)
+        fraction = (1 + math.cos(math.pi * decayed)) / 2
     return min_lr + (learning_rate - min_lr) * fraction
 
 
@@ -258,6 +266,7 @@ def evaluate() -> dict | None:
             if stop_signals.any_rank_signaled():
                 model.train()
                 return None
+            progress.status("evaluating", first, len(offsets))
             batch = offsets[first + rt.rank * batch_size:][:batch_size]
             if len(batch) == 0:
                 continue  # the last round has batches for some of the processes only
@@ -272,7 +281,19 @@ def evaluate() -> dict | None:
     (train_loss, _), (val_loss, val_accuracy) = means
     return {"iter": iter_num, "train_loss": train_loss, "val_loss": val_loss,
             "val_perplexity": math.exp(min(val_loss, 700)), "val_accuracy": val_accuracy,
+            "val_bits_per_byte": bytes_per_token and val_loss / math.log(2) / bytes_per_token,
             "seconds": seconds()}
+
+
+def write_sample() -> str:
+    """A text that the model writes, to see what it has learned."""
+    runtime.seed_torch(SAMPLE, seed, iter_num)
+    idx = torch.tensor([tokenizer.encode(tokenizer.default_prompt)], device=rt.device)  # (1, T)
+    model.eval()
+    with rt.autocast():
+        idx = model.generate(idx, 200, temperature=0.8, top_k=200, n_vocab=tokenizer.n_vocab)
+    model.train()
+    return tokenizer.decode(idx[0].tolist()).strip()
 
 
 @torch.no_grad()
@@ -302,7 +323,8 @@ def save(name: str) -> None:
             "model": model.state_dict(), "optimizer": opt.state_dict(),
             "scaler": scaler.state_dict(), "model_args": model.config.to_model_args(),
             "config": config, "iter_num": iter_num, "best_val_loss": best_val_loss,
-            "history": history, "meta": meta, "seconds": seconds(), "bad_steps": bad_steps})
+            "history": history, "meta": meta, "seconds": seconds(), "bad_steps": bad_steps,
+            "command": command})
 
 
 def diverged(what: str) -> RunError:
@@ -320,7 +342,7 @@ def diverged(what: str) -> RunError:
 
 print0(f"{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
        f"{len(train_tokens):,} training tokens, {len(val_tokens):,} validation tokens")
-stopwatch = Stopwatch(rt)
+stopwatch, progress = Stopwatch(rt), Progress(rt, iter_num, max_iters)
 stop_signals = runtime.StopSignals(rt)
 batches = bins.prefetch(train_batches(iter_num))
 model.train()
@@ -329,18 +351,26 @@ if not eval_only:
     # into memory before an earlier run is moved. DDP rebuilds its gradient buckets after its first
     # backward pass, which changes the order of sums; as it is done here, a resumed run sums in the
     # order of an uninterrupted one.
+    if rt.compile:
+        progress.print("compiling, which takes about a minute")
     zeros = torch.zeros(batch_size, block_size, dtype=torch.long, device=rt.device)
-    stopwatch.start()
-    forward_backward(zeros, zeros, sync=True)
-    stopwatch.read()
+    for _ in range(1 + rt.compile):  # the first also compiles
+        stopwatch.start()
+        forward_backward(zeros, zeros, sync=True)
+        step_s = sum(stopwatch.read().values()) * len(micro_steps) / 1e3
     opt.zero_grad(set_to_none=True)
     weights_are_finite()
+    if rt.device.type == "cpu":
+        run_s = step_s * max(0, max_iters - iter_num)
+        progress.print(f"a step takes about {step_s:.2g} s, all steps {duration(run_s)}")
+        if run_s > 86400:
+            progress.print("this is a run for a GPU; a smaller one: config/train_text_cpu.py")
     if rt.is_main:
         check_loggers(config)
         n_numbered = max(0, max_iters // keep_every - iter_num // keep_every) if keep_every else 0
         lock = prepare_out_dir(  # held until the process ends
             out_dir, iter_num if resumed else None, model, n_numbered)
-metrics = Metrics(rt, None if eval_only else out_dir, config, iter_num, history)
+metrics = Metrics(progress, None if eval_only else out_dir, config, iter_num, history)
 gc.collect()
 gc.freeze()  # the garbage collector need not traverse these objects again
 
@@ -372,19 +402,28 @@ while True:
         if always_save_checkpoint and iter_num > 0:
             save(checkpoint.LATEST)
             saved_iter = iter_num
-    if keep_every and iter_num > 0 and iter_num % keep_every == 0 and not eval_only:
+    if keep_every and iter_num > 0 and iter_num % keep_every == 0 and not stop:
         save(checkpoint.numbered_name(iter_num))
+    if sample_every and iter_num > 0 and iter_num % sample_every == 0 and rt.is_main and not stop:
+        metrics.sample(iter_num, write_sample())
     if iter_num >= max_iters or stop:
         break
 
     # forward and backward
     stopwatch.start()
     loss_sum = torch.zeros((), device=rt.device)
-    for micro_step in micro_steps:
+    for n, micro_step in enumerate(micro_steps, start=1):
         x, y = next(batches)
         stopwatch.lap("data_ms")
         runtime.seed_torch(DROPOUT, seed, iter_num, micro_step)
-        loss_sum += forward_backward(x, y, sync=micro_step == micro_steps[-1])
+        loss_sum += forward_backward(x, y, sync=n == len(micro_steps))
+        progress.status("micro-batch", n, len(micro_steps))
+        if n < len(micro_steps):
+            stop = stop_signals.any_rank_signaled()
+            if stop:
+                break
+    if stop:  # save in the next pass; a resumed run does this step again
+        continue
 
     # clip and step; a step whose loss or gradient is not finite is skipped, in all processes alike
     scaler.unscale_(opt)
@@ -396,8 +435,8 @@ while True:
         bad_steps = 0
     else:
         bad_steps += 1
-        metrics.print(f"iter {iter_num}: STEP SKIPPED ({bad_steps} in a row): loss {loss:.4f}, "
-                      f"gradient norm {grad_norm:.4f}")
+        progress.print(f"iter {iter_num}: STEP SKIPPED ({bad_steps} in a row): loss {loss:.4f}, "
+                       f"gradient norm {grad_norm:.4f}")
         if bad_steps >= max_bad_steps:
             raise diverged(f"{bad_steps} consecutive steps, up to step {iter_num}, had a loss or "
                            f"gradient that is not finite")
@@ -414,7 +453,7 @@ while True:
                       "tokens_per_s": tokens_per_iter / dt, "mfu": mfu, **phases_ms,
                       "seconds": seconds()})
     iter_num += 1
-    metrics.advance()
+    progress.advance(f"loss {loss:.4f}")
 
 # -------------------------------------------------------------------------------------------- end
 
@@ -422,9 +461,11 @@ if not eval_only and saved_iter != iter_num:
     save(checkpoint.LATEST)
 stop_signals.any_rank_signaled()  # as a barrier: torchrun ends rank 0 if another leaves early
 metrics.close()
+folder_arg = shlex.quote(f"--out_dir={out_dir}")
 if stop and not eval_only:
-    print0(f"stopped by signal {stop} after {iter_num} steps: continue with --init_from=resume")
+    print0(f"stopped by signal {stop} after {iter_num} steps; to continue:\n"
+           f"  python train.py --init_from=resume {folder_arg}")
 elif not eval_only:
-    print0(f"{iter_num} steps done, best validation loss {best_val_loss:.4f}: "
-           f"python sample.py --out_dir={out_dir}")
+    print0(f"{iter_num} steps done, best validation loss {best_val_loss:.4f}; to sample:\n"
+           f"  python sample.py {folder_arg}")
 rt.cleanup(128 + stop if stop else 0)

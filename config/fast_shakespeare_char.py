@@ -10,6 +10,8 @@
 
 out_dir = "out-fast-shakespeare-char"
 dataset = "shakespeare_char"
+wandb_project = "shakespeare-char"
+wandb_run_name = "fast-shakespeare-char"
 eval_interval = 250
 eval_iters = 0
 log_interval = 10

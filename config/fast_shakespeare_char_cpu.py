@@ -11,9 +11,12 @@
 
 out_dir = "out-fast-shakespeare-char-cpu"
 dataset = "shakespeare_char"
+wandb_project = "shakespeare-char"
+wandb_run_name = "fast-shakespeare-char-cpu"
 eval_interval = 0  # only at the end
 eval_iters = 0
 log_interval = 10
+sample_every = 25
 gradient_accumulation_steps = 1
 batch_size = 24
 block_size = 64

@@ -10,9 +10,12 @@
 
 out_dir = "out-fast-stdlib-char"
 dataset = "stdlib_char"
+wandb_project = "stdlib-char"
+wandb_run_name = "fast-stdlib-char"
 eval_interval = 0  # only at the end
 eval_iters = 20
 log_interval = 25
+sample_every = 50
 
 gradient_accumulation_steps = 1
 batch_size = 16

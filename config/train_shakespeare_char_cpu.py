@@ -9,6 +9,8 @@
 
 out_dir = "out-shakespeare-char-cpu"
 dataset = "shakespeare_char"
+wandb_project = "shakespeare-char"
+wandb_run_name = "train-shakespeare-char-cpu"
 eval_interval = 250
 eval_iters = 200
 log_interval = 10

@@ -10,6 +10,8 @@
 
 out_dir = "out-stdlib-char"
 dataset = "stdlib_char"
+wandb_project = "stdlib-char"
+wandb_run_name = "train-stdlib-char"
 eval_interval = 250
 eval_iters = 20
 log_interval = 50

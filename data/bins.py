@@ -4,9 +4,11 @@ A batch is a pure function of the seed, the iteration and the file, so that resu
 state of a random number generator, and all processes can draw the same batch.
 """
 
+import json
 import os
 import pickle
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -14,8 +16,8 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from configurator import ROOT, UserError
-from data.tokenizer import Tokenizer
+from configurator import ROOT, UserError, nearest
+from data.tokenizer import Tokenizer, tokenizer_name
 
 Item = TypeVar("Item")
 DTYPE = np.dtype("<u2")
@@ -32,10 +34,11 @@ def dataset_folder(dataset: str) -> Path:
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write, renamed to `path` when the block ends without an error.
 
-    On any error, a full disk or Ctrl-C included, the earlier file at `path` is unchanged and the
-    temporary file is removed. Raises UserError if it cannot be written.
+    The temporary file has a name of this process alone. On any error, a full disk or Ctrl-C
+    included, it is removed and the earlier file at `path` is unchanged. Raises UserError if it
+    cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -53,71 +56,118 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 def write_bin(path: Path, ids: np.ndarray | list[int]) -> None:
     """Write token ids (each 0 <= id < 65536) as a token file."""
-    with atomic_write(path) as file:
-        _write_ids(file, ids)
-
-
-def _write_ids(file: BinaryIO, ids: np.ndarray | list[int]) -> None:
     ids = np.asarray(ids, dtype=np.int64)
-    assert ((ids >= 0) & (ids < 2**16)).all(), f"{file.name}: ids from {ids.min()} to {ids.max()}"
-    file.write(ids.astype(DTYPE).tobytes())
-    file.flush()
+    assert ((ids >= 0) & (ids < 2**16)).all(), f"{path}: ids from {ids.min()} to {ids.max()}"
+    with atomic_write(path) as file:
+        file.write(ids.astype(DTYPE).tobytes())
 
 
-def read_input(path: Path, url: str) -> str:
+@contextmanager
+def dataset_writer(folder: Path, meta: dict | None) -> Iterator[Callable[[str, bytes, int], None]]:
+    """Write a dataset: all its files when the block ends without an error, else none.
+
+    Yields write(split, ids, n_bytes), which adds ids (uint16) of that many bytes of text to
+    train.bin or val.bin. meta: of the tokenizer, as `get_tokenizer` takes it; it is written as
+    meta.pkl or tokenizer.json. The counts are written as dataset.json.
+    """
+    counts = {"train_tokens": 0, "train_bytes": 0, "val_tokens": 0, "val_bytes": 0}
+    with ExitStack() as stack:
+        kind = tokenizer_name(meta)
+        extra = {"char": ["meta.pkl"], "bpe": ["tokenizer.json"]}.get(kind, [])
+        files = {name: stack.enter_context(atomic_write(folder / name))
+                 for name in ("train.bin", "val.bin", "dataset.json", *extra)}
+
+        def write(split: str, ids: bytes, n_bytes: int) -> None:
+            files[f"{split}.bin"].write(ids)
+            counts[f"{split}_tokens"] += len(ids) // 2
+            counts[f"{split}_bytes"] += n_bytes
+
+        yield write
+        files["dataset.json"].write(json.dumps({"tokenizer": kind} | counts).encode())
+        if kind == "char":
+            pickle.dump(meta, files["meta.pkl"])
+        elif kind == "bpe":
+            files["tokenizer.json"].write(meta["tokenizer_json"].encode())
+        for file in files.values():  # what a full disk refuses, it refuses before any is renamed
+            file.flush()
+            os.fsync(file.fileno())
+    for name in {"meta.pkl", "tokenizer.json"} - files.keys():  # of an earlier tokenizer
+        (folder / name).unlink(missing_ok=True)
+    for split in ("train", "val"):
+        print(f"{folder / split}.bin: {counts[f'{split}_tokens']:,} tokens")
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the temporary files in a folder that killed processes of this machine left."""
+    for path in folder.glob(f"*.{socket.gethostname()}.*.tmp") if os.name == "posix" else ():
+        with suppress(OSError, ValueError):
+            try:
+                os.kill(int(path.name.split(".")[-2]), 0)  # only asks whether there is one
+            except ProcessLookupError:
+                path.unlink()
+
+
+def val_bytes(folder: Path) -> int | None:
+    """Bytes of UTF-8 text that val.bin in a dataset's folder encodes, end-of-text tokens left out,
+    as recorded when it was prepared; None if unknown."""
+    try:
+        counts = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        current = counts["val_tokens"] == (folder / "val.bin").stat().st_size // 2
+        return counts["val_bytes"] if current else None  # else another program wrote val.bin
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_input(path: Path, url: str | None) -> str:
     """The text in the file `path`, which is downloaded from `url` if it does not exist.
 
     Raises UserError if that fails, or the text is too short or not UTF-8; no file is written then.
     """
-    if not path.exists():
-        import requests
-        print(f"downloading {url}")
-        try:
-            response = requests.get(url, timeout=60)
-            response.raise_for_status()
-        except requests.RequestException as error:
-            raise UserError(f"cannot download {url} ({type(error).__name__}): "
-                            f"download it yourself to {path} and run this again") from None
-        text = _decode_text(response.content, f"the file at {url}", f"put a text in {path}")
-        with atomic_write(path) as file:
-            file.write(response.content)
-        return text
     try:
-        return _decode_text(path.read_bytes(), path, "put a text to train on there")
+        missing = not path.exists()
+        content = _download(path, url) if missing else path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _decode_text(content: bytes, source: object, remedy: str) -> str:
+    source = f"the file at {url}" if missing else path
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 at byte {error.start}: {remedy}") from None
+        raise UserError(f"{source} is not UTF-8 at byte {error.start}: put a text to train on in "
+                        f"{path}") from None
     if len(text) < 10:
-        raise UserError(f"{source} holds {len(text)} characters: {remedy}")
+        raise UserError(f"{source} holds {len(text)} characters: put a text to train on in {path}")
+    if missing:
+        with atomic_write(path) as file:
+            file.write(content)
     return text
+
+
+def _download(path: Path, url: str | None) -> bytes:
+    if url is None:
+        raise UserError(f"no {path}, and only the script in its own folder downloads it: for "
+                        f"another text, use python data/text/prepare.py --input=... --name=...")
+    import requests
+    print(f"downloading {url}")
+    try:
+        response = requests.get(url, timeout=60)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        raise UserError(f"cannot download {url} ({type(error).__name__}): "
+                        f"download it yourself to {path} and run this again") from None
+    return response.content
 
 
 def write_text_dataset(folder: Path, text: str, tokenizer: Tokenizer, meta: dict | None = None,
                        ) -> None:
     """Write the first 90 % of a text's characters as train.bin, the rest as val.bin, and `meta`,
     a character vocabulary, as meta.pkl: all or, if one cannot be written, none."""
-    if tokenizer.n_vocab > 2**16:
-        raise UserError(f"the text has {tokenizer.n_vocab:,} distinct characters, but token files "
-                        f"hold ids below 65,536: use GPT-2's BPE, as data/shakespeare does")
+    remove_stale(folder)
     cut = int(0.9 * len(text))
     print(f"{len(text):,} characters, {len(set(text))} distinct")
-    with ExitStack() as files:
-        for name, part in (("train", text[:cut]), ("val", text[cut:])):
-            ids = tokenizer.encode(part)
-            _write_ids(files.enter_context(atomic_write(folder / f"{name}.bin")), ids)
-            print(f"{folder / name}.bin: {len(ids):,} tokens")
-        if meta:
-            file = files.enter_context(atomic_write(folder / "meta.pkl"))
-            pickle.dump(meta, file)
-            file.flush()
-    if not meta:
-        (folder / "meta.pkl").unlink(missing_ok=True)  # of an earlier character dataset
+    with dataset_writer(folder, meta) as write:
+        for split, part in (("train", text[:cut]), ("val", text[cut:])):
+            ids = np.array(tokenizer.encode(part), dtype=DTYPE)
+            write(split, ids.tobytes(), len(part.encode()))
 
 
 def open_bin(path: Path, block_size: int) -> np.memmap:
@@ -128,8 +178,9 @@ def open_bin(path: Path, block_size: int) -> np.memmap:
     try:
         if not path.is_file():
             script = path.parent / "prepare.py"
-            raise UserError(f"no {path}: prepare the dataset first"
-                            f"{f', with python {script}' if script.exists() else ''}")
+            prepared = [folder.parent.name for folder in (ROOT / "data").glob("*/train.bin")]
+            raise UserError(f"no {path}{nearest(path.parent.name, prepared)}: prepare the dataset "
+                            f"first{f', with python {script}' if script.exists() else ''}")
         size = path.stat().st_size
         if size % 2 or size // 2 <= block_size:
             raise UserError(f"{path} has {size:,} bytes: expected 2 for each of more than "

@@ -1,69 +1,156 @@
 """Streams of documents from local files or the Hugging Face hub, without a copy of the source."""
 
+import functools
+import glob
+import gzip
+import io
+import itertools
+import json
+import os
+import re
+import sys
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
-from configurator import UserError
+from configurator import UserError, check_choice
 from data.tokenizer import END_OF_TEXT
 
-ENDINGS = [".parquet", ".jsonl", ".txt"]
+ENDINGS = [".parquet", ".jsonl", ".txt", ".md"]  # and each of them with .gz
+STANDARD_INPUT = Path("standard input")
+PIECE = 2**20  # characters
+LINE_START = re.compile(r"(?<=\S\n)(?=\S)")  # where no token crosses the line's start
 
-Document = str | bytes  # its text, or a line of JSON with a field `text`
+
+class Document(NamedTuple):
+    """A document as it is read, and where, for errors."""
+
+    content: str | bytes  # its text, or a line of JSON with a field `text`
+    place: str  # such as "corpus/a.jsonl line 17"
+
+    def text(self) -> str:
+        """Its text. Raises UserError naming the place if there is none."""
+        text = self.content
+        if isinstance(text, bytes):
+            # If this fails, text stays bytes, which is refused below.
+            with suppress(ValueError, TypeError, KeyError, RecursionError):
+                text = json.loads(text)["text"]
+        if not isinstance(text, str):
+            raise UserError(f"{self.place}: expected a document with a field `text`, got "
+                            f"{self.content!r:.80}")
+        # UTF-8 cannot hold half a surrogate pair: it becomes U+FFFD.
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def local_documents(path: Path) -> Iterator[Document]:
-    """The documents in a file: rows of .parquet or .jsonl, parts of .txt between <|endoftext|>.
+def find_files(names: str) -> list[Path]:
+    """The files that names stand for: files, folders (all below) or globs, with commas between, or
+    "-", standard input. Raises UserError for a file of another kind, except in a folder."""
+    if names == "-":
+        return [STANDARD_INPUT]
+    found = set()
+    for name in [names] if os.path.exists(names) else names.split(","):
+        paths = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
+        files = {path for path in map(Path, paths) if not path.is_dir()}
+        for path in files:
+            check_choice(f"the ending of {path}", kind(path), ENDINGS)
+        files |= {Path(file) for folder in paths if os.path.isdir(folder)
+                  for file in glob.glob(f"{glob.escape(folder)}/**/*", recursive=True)
+                  if kind(Path(file)) in ENDINGS and os.path.isfile(file)}
+        if not files:
+            raise UserError(f"no file matches --input={name}: give {', '.join(ENDINGS)} files (or "
+                            f"these as .gz), a folder of them, or a glob")
+        found |= files
+    return sorted(found)
 
-    Raises UserError if it cannot be read.
+
+def kind(path: Path) -> str:
+    """The ending of a file's name, such as .txt for a.txt and a.txt.gz."""
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+@functools.cache
+def standard_input() -> bytes:
+    return sys.stdin.buffer.read()
+
+
+def open_file(path: Path) -> BinaryIO:
+    if path == STANDARD_INPUT:
+        return io.BytesIO(standard_input())
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def local_documents(paths: Iterable[Path]) -> Iterator[Document]:
+    """The documents in files: rows of .parquet or .jsonl, else parts between <|endoftext|>.
+
+    Raises UserError if one cannot be read.
     """
-    try:
-        if path.suffix == ".parquet":
-            yield from parquet_documents(path)
-        elif path.suffix == ".jsonl":
-            with open(path, "rb") as file:
-                yield from (line for line in file if not line.isspace())
-        else:
-            with open(path, encoding="utf-8", newline="") as file:
-                yield from filter(str.strip, split_at_end_of_text(file))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from None
+    read = {".parquet": parquet_documents, ".jsonl": jsonl_documents}
+    for path in paths:
+        try:
+            with open_file(path) as file:
+                yield from read.get(kind(path), text_documents)(path, file)
+        except (OSError, ValueError, EOFError, zlib.error) as error:
+            raise UserError(f"cannot read {path}: {first_line(error)}") from None
 
 
-def parquet_documents(path: Path) -> Iterator[Document]:
+def jsonl_documents(path: Path, file: BinaryIO) -> Iterator[Document]:
+    for number, line in enumerate(file, start=1):
+        if not line.isspace():
+            yield Document(line, f"{path} line {number}")
+
+
+def parquet_documents(path: Path, file: BinaryIO) -> Iterator[Document]:
     import pyarrow.parquet
-    file = pyarrow.parquet.ParquetFile(path)
-    if "text" not in file.schema_arrow.names:
-        raise UserError(f"{path} has no column `text`, only {', '.join(file.schema_arrow.names)}")
-    for batch in file.iter_batches(1000, columns=["text"]):
-        for text in batch.column("text").to_pylist():
-            # A row without text is passed on as bytes that are not JSON, which `encode` refuses.
-            yield text if isinstance(text, str) else repr(text).encode()
+    parquet = pyarrow.parquet.ParquetFile(
+        pyarrow.BufferReader(file.read()) if path.suffix == ".gz" else file)
+    names = parquet.schema_arrow.names
+    if "text" not in names:
+        raise UserError(f"{path} has no column `text`, only {', '.join(names)}")
+    rows = (text for batch in parquet.iter_batches(1000, columns=["text"])
+            for text in batch.column("text").to_pylist())
+    for number, text in enumerate(rows, start=1):
+        # A row without text is passed on as bytes that are not JSON, which `text` refuses.
+        yield Document(text if isinstance(text, str) else repr(text).encode(),
+                       f"{path} row {number}")
 
 
-def split_at_end_of_text(lines: Iterable[str]) -> Iterator[str]:
-    pieces = []
-    for line in lines:
-        *ends, rest = line.split(END_OF_TEXT)
+def text_documents(path: Path, file: BinaryIO) -> Iterator[Document]:
+    lines, offset = [], 0  # of the document so far; of the line, in bytes
+    for line in itertools.chain(file, [END_OF_TEXT.encode()]):
+        try:
+            *ends, rest = line.decode().split(END_OF_TEXT)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 at byte {offset + error.start}: convert it, or "
+                            f"leave it out") from None
         for end in ends:
-            yield "".join([*pieces, end])
-            pieces = []
-        pieces.append(rest)
-    yield "".join(pieces)
+            text = "".join([*lines, end])
+            if text.strip():
+                yield Document(text, str(path))
+            lines = []
+        lines.append(rest)
+        offset += len(line)
 
 
-def measure(path: Path) -> tuple[int, int]:
-    """Number of documents in a file, and approximate bytes of text. Raises UserError."""
-    if path.suffix != ".parquet":
-        return sum(1 for _ in local_documents(path)), path.stat().st_size
-    import pyarrow.parquet
-    try:
-        meta = pyarrow.parquet.ParquetFile(path).metadata
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from None
-    groups = (meta.row_group(i) for i in range(meta.num_row_groups))
-    columns = (group.column(j) for group in groups for j in range(group.num_columns))
-    return meta.num_rows, sum(column.total_uncompressed_size for column in columns
-                              if column.path_in_schema == "text")
+def pieces(text: str) -> Iterator[str]:
+    """Parts of about a million characters, which are encoded to the same ids as the whole."""
+    start = 0
+    while start < len(text):
+        line = LINE_START.search(text, start + PIECE)
+        end = line.start() if line else len(text)
+        yield text[start:end]
+        start = end
+
+
+def counted(documents: Iterable[Document], n_documents: int) -> Iterator[Document]:
+    """The same documents. Raises UserError at their end if they are not as many as expected."""
+    n_read = 0
+    for n_read, document in enumerate(documents, start=1):  # noqa: B007
+        yield document
+    if n_read != n_documents:
+        raise UserError(f"the source has {n_read:,} documents, not {n_documents:,}: it changed or "
+                        f"is incomplete; nothing was written")
 
 
 def hub_dataset(repository: str) -> Iterable[dict]:
@@ -85,8 +172,8 @@ def hub_dataset(repository: str) -> Iterable[dict]:
 def hub_documents(rows: Iterable[dict]) -> Iterator[Document]:
     """The documents of a streamed dataset, which retries by itself after network errors."""
     try:
-        for row in rows:
-            yield row["text"]
+        for number, row in enumerate(rows, start=1):
+            yield Document(row["text"], f"the hub's row {number}")
     except Exception as error:  # OSError, or the HTTP client's own classes
         raise UserError(f"the Hugging Face hub stopped answering ({first_line(error)}): "
                         f"nothing was written, run this again") from None

@@ -2,9 +2,10 @@
 
 A checkpoint is a file of torch.save with a dict: model, optimizer, scaler (state dicts), model_args
 (of GPTConfig), config (settings), iter_num (steps done), best_val_loss, history (the records of all
-evaluations), meta (the vocabulary of a character model, else None), seconds (of training so far)
-and bad_steps (consecutive steps skipped up to now). Files with only model, optimizer, model_args,
-iter_num, best_val_loss and config, as other minimal GPT trainers write them, are read too.
+evaluations), meta (the tokenizer, None for GPT-2's BPE), seconds (of training so far), bad_steps
+(consecutive steps skipped up to now) and command (of its first start). Files with only model,
+optimizer, model_args, iter_num, best_val_loss and config, as other minimal GPT trainers write them,
+are read too.
 """
 
 import copy
@@ -16,16 +17,18 @@ from pathlib import Path
 
 import torch
 
-from configurator import RENAMED, UserError, check_choice, fit_types, print0, user_errors
+from configurator import RENAMED, UserError, check_choice, fit_types, nearest, print0, user_errors
 from data.bins import atomic_write, dataset_folder
-from data.tokenizer import check_meta, load_meta
+from data.tokenizer import check_meta, describe_tokenizer, load_meta, same_tokenizer
 from engine.runtime import choose_device, choose_dtype
 from model import GPT, HF_REPOSITORIES, GPTConfig, read_file
 
 LATEST, BEST, NUMBERED = "ckpt.pt", "best.pt", "ckpt_[0-9]*.pt"
 GPT2_VOCAB_SIZE = 50257
-TYPES = {"model": dict, "model_args": dict, "config": dict, "iter_num": int, "history": list}
-NEW_RUN = {"iter_num": 0, "best_val_loss": math.inf, "history": [], "seconds": 0.0, "bad_steps": 0}
+TYPES = {"model": dict, "model_args": dict, "config": dict, "iter_num": int, "history": list,
+         "command": str}
+NEW_RUN = {"iter_num": 0, "best_val_loss": math.inf, "history": [], "seconds": 0.0, "bad_steps": 0,
+           "command": ""}
 START_SETTINGS = {"init_from", "out_dir", "eval_only"}  # these two kinds are not restored
 MACHINE_SETTINGS = {"device", "backend", "compile"}
 
@@ -53,7 +56,10 @@ def load(path: Path, mmap: bool = False) -> dict:
     Raises UserError if it cannot be read, is damaged, or is not a checkpoint.
     """
     if not path.is_file():
-        raise UserError(f"no checkpoint {path}: train first, or give another path")
+        runs = sorted({str(file.parent) for file in Path().glob("out*/*.pt")})
+        similar = "" if str(path.parent) in runs else nearest(str(path.parent), runs)
+        raise UserError(f"no checkpoint {path}{similar}: train first, or give another path "
+                        f"(runs here: {', '.join(runs) or 'none'})")
     with user_errors():
         contents = read_file(path, mmap)
     missing = {"model", "model_args"} - (contents.keys() if isinstance(contents, dict) else set())
@@ -113,7 +119,7 @@ def path_to_sample(out_dir: str) -> Path:
 # ------------------------------------------------------------------------- model and vocabulary
 
 def load_pretrained(name_or_path: str, dropout: float = 0.0) -> tuple[GPT, dict | None]:
-    """A trained model, and the vocabulary of its tokenizer (None for GPT-2 BPE).
+    """A trained model, and the meta of its tokenizer (None for GPT-2 BPE).
 
     name_or_path: a checkpoint, a run's out_dir, or what `GPT.from_pretrained` takes.
     Raises UserError or ValueError if there is no such model.
@@ -145,13 +151,12 @@ def meta_of(contents: dict) -> dict | None:
 
 
 def check_tokenizer(saved: dict | None, meta: dict | None, source: object, dataset: str) -> None:
-    """Raise UserError unless a model and a dataset have the same vocabulary (None: GPT-2 BPE)."""
-    if (saved and saved["stoi"]) == (meta and meta["stoi"]):
-        return
-    ours, theirs = [f"{m['vocab_size']} characters" if m else "GPT-2's BPE" for m in (saved, meta)]
-    raise UserError(f"{source} was trained on {ours}, but the dataset {dataset} is in "
-                    f"{theirs if theirs != ours else 'other characters'}: "
-                    f"choose a dataset of the same tokenizer")
+    """Raise UserError unless a model and a dataset have the same tokenizer (None: GPT-2 BPE)."""
+    if not same_tokenizer(saved, meta):
+        ours, theirs = describe_tokenizer(saved), describe_tokenizer(meta)
+        raise UserError(f"{source} was trained on {ours}, but the dataset {dataset} is in "
+                        f"{theirs if theirs != ours else f'other {ours}'}: "
+                        f"choose a dataset of the same tokenizer")
 
 
 def check_shape(overrides: dict, config: GPTConfig, source: object) -> None:

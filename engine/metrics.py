@@ -3,20 +3,20 @@
 Records are plain dicts, one per logged iteration or evaluation, as they stand in metrics.jsonl.
 """
 
+import html
 import json
 import math
 import os
-import shutil
-import sys
 import time
+import uuid
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from configurator import UserError
 from data.bins import atomic_write
+from engine.progress import Progress
 from engine.runtime import Runtime
 
 
@@ -61,86 +61,94 @@ class Stopwatch:
         return {phase: ms / n_steps for phase, ms in total_ms.items()}
 
 
+# The names of what is logged, in TensorBoard and Weights & Biases. In TensorBoard, the curves of
+# one group `loss` are drawn in one chart.
+NAMES = {"loss": "loss/train", "train_loss": "loss/train_eval", "val_loss": "loss/val",
+         "val_perplexity": "perplexity", "val_accuracy": "accuracy",
+         "val_bits_per_byte": "bits_per_byte", "lr": "optimizer/lr",
+         "grad_norm": "optimizer/grad_norm", "tokens_per_s": "speed/tokens_per_s",
+         "mfu": "speed/mfu", "data_ms": "time_ms/data", "forward_ms": "time_ms/forward",
+         "backward_ms": "time_ms/backward", "optimizer_ms": "time_ms/optimizer"}
+
+
 class Metrics:
     """Sends records to all places that the settings name; does nothing in other processes."""
 
-    def __init__(self, runtime: Runtime, out_dir: str | None, config: dict, start_iter: int,
+    def __init__(self, progress: Progress, out_dir: str | None, config: dict, start_iter: int,
                  history: list[dict]):
         """out_dir: None to write no files; config: settings; start_iter: steps done before;
         history: records of the evaluations among them."""
-        self.bar = self.file = self.tensorboard = self.wandb = None
-        self.is_main = runtime.is_main
-        if not self.is_main:
+        self.progress, self.file, self.writers, self.wandb = progress, None, {}, None
+        if out_dir is None or not progress.is_main:
             return
-        if sys.stderr.isatty() and find_spec("tqdm") and not config["eval_only"]:
-            from tqdm import tqdm
-            columns, lines = shutil.get_terminal_size()  # 80 x 24 if the terminal does not say
-            self.bar = tqdm(total=config["max_iters"], initial=start_iter, unit="it",
-                            ncols=columns, nrows=lines, smoothing=0.1)
-        if out_dir is None:
-            return
-        path = Path(out_dir) / "metrics.jsonl"
-        keep_records_before(path, start_iter, history)
-        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        folder = Path(out_dir)
+        keep_records_before(folder / "metrics.jsonl", start_iter, history)
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         if config["tensorboard_log"]:
             from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(str(Path(out_dir) / "tensorboard"),
-                                             purge_step=start_iter)
+            from torch.utils.tensorboard.summary import hparams
+            for name in ("", "train", "train_eval", "val"):
+                self.writers[name] = SummaryWriter(
+                    str(folder / "tensorboard" / name), purge_step=start_iter)
+            for summary in hparams({key: str(value) for key, value in config.items()}, {}):
+                self.writers[""].file_writer.add_summary(summary)
             for record in history:
                 if record["iter"] == start_iter:  # purged, but not evaluated again
                     self._to_tensorboard(record)
         if config["wandb_log"]:
             import wandb
+            run_id = folder / "wandb_run_id"
+            if not run_id.exists():
+                run_id.write_text(uuid.uuid4().hex[:8])
             try:
-                self.wandb = wandb.init(project=config["wandb_project"], config=config,
-                                        name=config["wandb_run_name"], dir=out_dir)
+                self.wandb = wandb.init(
+                    project=config["wandb_project"], config=config, name=config["wandb_run_name"],
+                    dir=out_dir, id=run_id.read_text(), resume="allow")
             except wandb.Error as error:
                 raise wandb_error(error) from None
 
     def step(self, record: dict) -> None:
-        """Log an iteration."""
-        speed = f"{record['tokens_per_s']:,.0f} tok/s"
-        ms = sum(record[key] for key in record if key.endswith("_ms"))
-        mfu = "" if record["mfu"] is None else f", MFU {record['mfu']:.1%}"
-        self.print(f"iter {record['iter']}: loss {record['loss']:.4f}, lr {record['lr']:.2e}, "
-                   f"norm {record['grad_norm']:.2f}, {ms:.1f} ms, {speed}{mfu}")
+        """Log a step."""
+        done, times = self.progress.describe(record["iter"], record["seconds"])
+        speed = record["tokens_per_s"]
+        speed = f"{speed:,.0f}" if speed < 1e5 else f"{speed / 1e3:,.0f}k"
+        mfu = "" if record["mfu"] is None else f", MFU {record['mfu']:.0%}"
+        self.progress.print(f"{done} iter {record['iter']}: loss {record['loss']:.4f}, norm "
+                            f"{record['grad_norm']:.3g}, {speed} tok/s{mfu}, {times}")
         self._send(record)
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {speed}", refresh=False)
 
     def evaluation(self, record: dict) -> None:
         """Log an evaluation."""
-        self.print(f"step {record['iter']}: train loss {record['train_loss']:.4f}, "
-                   f"val loss {record['val_loss']:.4f}, "
-                   f"perplexity {record['val_perplexity']:.4g}, "
-                   f"accuracy {record['val_accuracy']:.1%}")
+        self.progress.print(f"step {record['iter']}: train loss {record['train_loss']:.4f}, "
+                            f"val loss {record['val_loss']:.4f}, "
+                            f"perplexity {record['val_perplexity']:.3g}, "
+                            f"accuracy {record['val_accuracy']:.0%}")
         self._send(record)
 
-    def print(self, line: str) -> None:
-        """Print a line above the progress bar, in the main process only."""
-        if self.bar is not None:
-            self.bar.write(line)
-        elif self.is_main:
-            print(line, flush=True)
-
-    def advance(self) -> None:
-        """Advance the progress bar by a step."""
-        if self.bar is not None:
-            self.bar.update()
+    def sample(self, iter_num: int, text: str) -> None:
+        """Log a text that the model wrote after iter_num steps."""
+        self.progress.print(f"--- written after {iter_num} steps ---\n{text}\n---")
+        if self.writers:
+            indented = "".join(f"    {line}\n" for line in text.splitlines())  # as code in Markdown
+            self.writers[""].add_text("sample", indented, iter_num)
+        if self.wandb:
+            import wandb
+            self._to_wandb({"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>")}, iter_num)
 
     def sync(self) -> None:
         """Flush all records to the disk, so that no checkpoint is ahead of them."""
-        if self.tensorboard:
-            self.tensorboard.flush()
+        for writer in self.writers.values():
+            writer.flush()
         if self.file:
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        for close in (self.bar and self.bar.close, self.file and self.file.close,
-                      self.tensorboard and self.tensorboard.close,
-                      self.wandb and self.wandb.finish):
-            if close:
-                close()
+        self.progress.close()
+        for resource in (self.file, *self.writers.values()):
+            if resource:
+                resource.close()
+        if self.wandb:
+            self.wandb.finish()
 
     def _send(self, record: dict) -> None:
         record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -153,15 +161,27 @@ class Metrics:
                     self.file.close()
                 raise UserError(f"cannot write {self.file.name}: {error.strerror}; the last "
                                 f"checkpoint is whole: make room and resume") from None
-        numbers = {key: value for key, value in record.items() if value is not None}
-        if self.tensorboard:
-            self._to_tensorboard(numbers)
+        if self.writers:
+            self._to_tensorboard(record)
         if self.wandb:
-            self.wandb.log(numbers, step=record["iter"])
+            self._to_wandb({NAMES[key]: value for key, value in record.items()
+                            if key in NAMES and value is not None}, record["iter"])
 
     def _to_tensorboard(self, record: dict) -> None:
         for key, value in record.items():
-            self.tensorboard.add_scalar(key, value, record["iter"])
+            if key in NAMES and value is not None:
+                group, _, curve = NAMES[key].partition("/")
+                # Charts show one tag of several folders: the losses have a folder for each curve.
+                writer, tag = (self.writers[curve], group) if group == "loss" else (
+                    self.writers[""], NAMES[key])
+                writer.add_scalar(tag, value, record["iter"])
+
+    def _to_wandb(self, values: dict, iter_num: int) -> None:
+        try:
+            self.wandb.log(values, step=iter_num)
+        except Exception as error:  # training continues without its server
+            self.progress.print(f"Weights & Biases is not logged to any more: {error}")
+            self.wandb = None
 
 
 def check_loggers(config: dict) -> None:
@@ -178,8 +198,9 @@ def check_loggers(config: dict) -> None:
 
 
 def wandb_error(error: Exception) -> UserError:
-    return UserError(f"Weights & Biases did not start ({str(error).splitlines()[0]}): run "
-                     f"`wandb login`, or set WANDB_MODE=offline")
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(f"Weights & Biases did not start ({reason}): run `wandb login`, or set "
+                     f"WANDB_MODE=offline")
 
 
 def keep_records_before(path: Path, start_iter: int, history: list[dict]) -> None:

@@ -50,7 +50,7 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, model: GPT, n_numbered: 
 def _temporary_files(folder: Path) -> list[Path]:
     """Files that a killed process had not finished writing."""
     return [path for name in (LATEST, BEST, NUMBERED, "metrics.jsonl")
-            for path in folder.glob(f"{name}.tmp")]
+            for path in folder.glob(f"{name}.*tmp")]
 
 
 def _check_disk_space(folder: Path, is_new: bool, model: GPT, n_numbered: int) -> None:
@@ -70,7 +70,7 @@ def _check_disk_space(folder: Path, is_new: bool, model: GPT, n_numbered: int) -
 
 def _move_earlier_run(folder: Path) -> None:
     """Move the files of an earlier run into previous-N/."""
-    old = [path for name in (LATEST, BEST, "metrics.jsonl", "tensorboard", "wandb")
+    old = [path for name in (LATEST, BEST, "metrics.jsonl", "tensorboard", "wandb", "wandb_run_id")
            if (path := folder / name).exists()] + sorted(folder.glob(NUMBERED))
     if not old:
         return

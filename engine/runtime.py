@@ -8,7 +8,9 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
+import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -222,9 +224,10 @@ def seed_torch(*key: int) -> None:
 
 
 class StopSignals:
-    """Records SIGINT (Ctrl-C) and SIGTERM, so that a loop can finish its step and save.
+    """Records SIGINT (Ctrl-C), SIGTERM and SIGHUP, so that a loop can stop and save.
 
-    A second Ctrl-C raises KeyboardInterrupt at once.
+    A second Ctrl-C ends the process at once. A thread answers, since Python handles signals in the
+    main thread only between calls, and a backward pass is a single call.
     """
 
     def __init__(self, runtime: Runtime):
@@ -232,13 +235,26 @@ class StopSignals:
         # A gloo group, as a collective over NCCL would wait for all work queued on the GPU.
         self.group = (dist.new_group(backend="gloo", timeout=runtime.timeout)
                       if runtime.world_size > 1 else None)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._record)
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._answer, daemon=True).start()
+        hangup = getattr(signal, "SIGHUP", None)  # the terminal is gone; Windows has none
+        for number in (signal.SIGINT, signal.SIGTERM, hangup):
+            if number and (number != hangup or signal.getsignal(number) != signal.SIG_IGN):  # nohup
+                signal.signal(number, self._record)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
         self.received = number
+
+    def _answer(self) -> None:
+        """Read the numbers of received signals, which the system writes to the socket."""
+        for message in ("\nstopping after this micro-batch, then saving; again to stop at once",
+                        "error: stopped by Ctrl-C"):
+            while self.reader.recv(1)[0] != signal.SIGINT:
+                pass
+            print0(message, file=sys.stderr)
+        hard_exit(130)
 
     def any_rank_signaled(self) -> int:
         """The signal that any process has received, the same number on all; 0 for none."""

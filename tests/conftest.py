@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,9 @@ def exec_script(args: list[str], cwd: Path, environment: dict[str, str], output:
         os.dup2(os.open(Path(output, name), os.O_CREAT | os.O_WRONLY), number)
     os.chdir(cwd)
     os.environ |= environment
+    for number in (signal.SIGINT, signal.SIGHUP):  # which a shell's background job ignores
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT
+                      else signal.SIG_DFL)
     tempfile.tempdir = None  # not that of the process it was forked from
     sys.argv, sys.path[0] = args, str(Path(args[0]).parent)
     try:
@@ -141,13 +145,14 @@ def records(folder: Path, key: str = "iter") -> list[dict]:
 
 
 def differences(run_a: Path, run_b: Path) -> list[str]:
-    """Where the checkpoints and metrics.jsonl of two runs differ, bit for bit, but for times and
-    settings such as out_dir."""
+    """Where the checkpoints and metrics.jsonl of two runs differ, bit for bit, but for times,
+    settings such as out_dir, and the command."""
     found = unequal(records(run_a), records(run_b), "metrics.jsonl")
     for name in sorted({path.name for folder in (run_a, run_b) for path in folder.glob("*.pt")}):
         both = [folder / name for folder in (run_a, run_b)]
         if all(path.exists() for path in both):
-            found += unequal(*(load(path) | {"config": None} for path in both), name)
+            found += unequal(*(load(path) | {"config": None, "command": None}
+                              for path in both), name)
         else:
             found.append(name)
     return found

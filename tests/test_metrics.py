@@ -1,5 +1,6 @@
 """Times that add up, and what becomes of the records of a run that is resumed."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from configurator import UserError
 from engine import metrics
 from engine.metrics import Metrics, Stopwatch, keep_records_before
+from engine.progress import Progress
 from engine.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), "float32", False)
@@ -48,18 +50,43 @@ def test_on_mps_every_phase_ends_when_its_work_is_done(clock):
     assert stopwatch.read() == {"forward_ms": 2000.0}
 
 
-def test_the_terminal_gets_the_loss_the_speed_and_mfu_when_known(tmp_path, capsys):
-    record = {"iter": 0, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 5.0,
-              "mfu": None, "data_ms": 1.0, "seconds": 0.0}
-    log = Metrics(CPU, str(tmp_path), CONFIG, 0, [])
+def test_lines_have_less_than_80_columns_with_the_fraction_done_and_the_time_left(
+        tmp_path, capsys):
+    record = {"iter": 345678, "loss": 2.85123, "lr": 6e-4, "grad_norm": 0.31234,
+              "tokens_per_s": 1234567.0, "mfu": None, "data_ms": 1.0, "seconds": 63 * 3600.0}
+    progress = Progress(CPU, 345600, 600000)
+    progress.n_steps, progress.first_end = 79, time.monotonic() - 79 * 10  # seconds, 10 a step
+    log = Metrics(progress, str(tmp_path), CONFIG, 345600, [])
     log.step(record)
-    log.step(record | {"mfu": 0.425})
+    log.step(record | {"mfu": 0.425, "tokens_per_s": 1234.5})
+    log.evaluation({"iter": 599999, "train_loss": 2.85123, "val_loss": 2.9123,
+                    "val_perplexity": 18.2345, "val_accuracy": 0.4234})
     log.close()
-    without, with_mfu = capsys.readouterr().out.splitlines()
-    for word in ("iter 0", "2.0000", "5 tok/s"):
-        assert word in without
-    assert "MFU" not in without
-    assert "42.5%" in with_mfu
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (" 58% iter 345678: loss 2.8512, norm 0.312, 1,235k tok/s, 63h, 29d left")
+    assert "1,234 tok/s, MFU 42%, 63h" in lines[1]
+    assert len(lines) == 3 and all(len(line) < 80 for line in lines)
+
+
+def test_without_a_terminal_a_long_evaluation_prints_a_line_every_30_s(monkeypatch, capsys):
+    progress = Progress(CPU, 0, 8)
+    now = progress.last_print
+    for second in range(0, 100, 2):
+        monkeypatch.setattr(time, "monotonic", lambda second=second: now + second)
+        progress.status("evaluating", second, 100)
+    assert capsys.readouterr().out.splitlines() == [
+        f"evaluating {second}/100" for second in (32, 64, 96)]
+
+
+def test_training_goes_on_when_weights_and_biases_is_lost(capsys):
+    def lose(values: dict, step: int) -> None:
+        raise ConnectionError("no server")
+
+    log = Metrics(Progress(CPU, 0, 8), None, CONFIG, 0, [])
+    log.wandb = SimpleNamespace(log=lose)
+    for i in range(2):
+        log._send({"iter": i, "loss": 1.0})
+    assert capsys.readouterr().out.count("no server") == 1
 
 
 def test_what_a_resumed_run_repeats_and_lines_that_are_no_records_are_dropped(tmp_path):

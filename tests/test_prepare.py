@@ -2,17 +2,17 @@
 
 import contextlib
 import glob
+import gzip
 import importlib.util
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,17 @@ import tiktoken
 from conftest import ROOT, run
 
 from configurator import UserError
-from data.tokenizer import GPT2Tokenizer, load_meta
+from data import encode
+from data.bins import val_bytes
+from data.documents import (
+    Document,
+    find_files,
+    hub_dataset,
+    hub_documents,
+    local_documents,
+    pieces,
+)
+from data.tokenizer import GPT2Tokenizer, TrainedTokenizer, get_tokenizer, load_meta
 
 SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare/input.txt"
 OPENWEBTEXT = "data/openwebtext/prepare.py"
@@ -38,16 +48,6 @@ def repo(tmp_path):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, folder / path)
     return folder
-
-
-@pytest.fixture(scope="module")
-def prepare():
-    """OpenWebText's script as a module."""
-    spec = importlib.util.spec_from_file_location("openwebtext_prepare", ROOT / OPENWEBTEXT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.tokenizer = GPT2Tokenizer()  # as start_worker does
-    return module
 
 
 def read(path: Path) -> list[int]:
@@ -74,14 +74,30 @@ def held_out_by_datasets(n: int, fraction: float, seed: int) -> set[int]:
     return set(rows.train_test_split(test_size=fraction, seed=seed, shuffle=True)["test"]["i"])
 
 
+def choose_held_out() -> Callable:
+    """OpenWebText's choice, from its script."""
+    spec = importlib.util.spec_from_file_location("openwebtext_prepare", ROOT / OPENWEBTEXT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.choose_held_out
+
+
+def write_documents(path: Path, documents: list[str]) -> Path:
+    """Write documents in the format of the path's ending."""
+    if path.suffix in (".jsonl", ".parquet"):
+        return (write_jsonl if path.suffix == ".jsonl" else write_parquet)(path, documents)
+    path.write_text("<|endoftext|>".join(documents), encoding="utf-8")
+    return path
+
+
 def write_jsonl(path: Path, documents: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     return path
 
 
-def write_parquet(path: Path, documents: list, field: str = "text") -> Path:
-    pyarrow.parquet.write_table(pa.table({"id": range(len(documents)), field: documents}), path,
-                                row_group_size=7)
+def write_parquet(path: Path, documents: list) -> Path:
+    table = pa.table({"id": range(len(documents)), "text": documents})
+    pyarrow.parquet.write_table(table, path, row_group_size=7)
     return path
 
 
@@ -114,12 +130,13 @@ def test_shakespeare_has_the_published_counts_and_decodes_to_its_text(repo, name
     assert text == SHAKESPEARE.read_text(encoding="utf-8")
 
 
-def test_input_txt_may_be_any_text(repo):
-    folder = repo / "data/shakespeare_char"
-    (folder / "input.txt").write_text("naïve 日本 " * 10, encoding="utf-8")
-    done = run(folder / "prepare.py", PYTHONIOENCODING="utf-8")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert load_meta(folder)["vocab_size"] == len(set("naïve 日本 "))
+@pytest.mark.parametrize("name", ["shakespeare_char", "shakespeare"])
+def test_a_copy_of_a_shakespeare_script_downloads_nothing(repo, name):
+    folder = repo / "data/mine"
+    shutil.copytree(repo / "data" / name, folder)
+    done = run(folder / "prepare.py", "--url=http://127.0.0.1:9/none", NO_PROXY="*")
+    assert "data/text/prepare.py" in refused(done, folder)
+    assert [path.name for path in folder.iterdir()] == ["prepare.py"]
 
 
 # ------------------------------------------------------------------------------- Python's library
@@ -141,75 +158,110 @@ def test_the_standard_library_has_10_million_characters_96_distinct_and_decodes_
     assert "".join(map(meta["itos"].get, val[:1000].tolist())) == text[len(train):][:1000]
 
 
-# ---------------------------------------------------------------------- OpenWebText: the functions
+# ------------------------------------------------------------------------------ files to documents
 
-def test_documents_of_each_format_are_those_of_the_file(prepare, tmp_path):
+@pytest.mark.parametrize("ending", [".txt", ".md", ".jsonl", ".parquet"])
+def test_documents_of_each_format_are_those_of_the_file_compressed_or_not(tmp_path, ending):
     documents = texts(25)
-    encode, local = prepare.encode, prepare.local_documents
-    (tmp_path / "a.txt").write_text("<|endoftext|>".join(documents), encoding="utf-8")
-    for path in (write_jsonl(tmp_path / "a.jsonl", documents),
-                 write_parquet(tmp_path / "a.parquet", documents), tmp_path / "a.txt"):
-        train, val = encode([(document, False) for document in local(path)])
-        assert np.frombuffer(train, "<u2").tolist() == tokens_of(documents), path
-        assert val == b""
-        assert prepare.measure(path)[0] == 25
+    path = write_documents(tmp_path / f"a{ending}", documents)
+    packed = tmp_path / f"a{ending}.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert [document.text() for document in local_documents([path])] == documents
+    assert [document.text() for document in local_documents([path, packed])] == 2 * documents
 
 
 @pytest.mark.parametrize("content", [
     "one", "one<|endoftext|>two", "one<|endoftext|>two<|endoftext|>", "\n<|endoftext|>\none\n",
-    "one<|endoftext|> \n<|endoftext|>two\n", "<|endo<|endoftext|>ftext|>"])
-def test_documents_of_a_text_file_are_between_its_separators(prepare, tmp_path, content):
-    (tmp_path / "a.txt").write_text(content)
+    "one<|endoftext|> \n<|endoftext|>two\n", "<|endo<|endoftext|>ftext|>", "one\r\ntwo\rthree\n"])
+def test_documents_of_a_text_file_are_between_its_separators(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content.encode())
     expected = [part for part in content.split("<|endoftext|>") if part.strip()]
-    assert list(prepare.local_documents(tmp_path / "a.txt")) == expected
+    assert [document.text() for document in local_documents([tmp_path / "a.txt"])] == expected
 
 
-def test_a_text_file_keeps_its_line_endings(prepare, tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
-    assert list(prepare.local_documents(tmp_path / "a.txt")) == ["one\r\ntwo\rthree\n"]
-
-
-def test_blank_lines_of_a_jsonl_file_are_no_documents(prepare, tmp_path):
+def test_blank_lines_of_a_jsonl_file_are_no_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text('\n{"text": "one"}\n  \n{"id": 5, "text": ""}')
-    train, _ = prepare.encode(
-        [(document, False) for document in prepare.local_documents(tmp_path / "a.jsonl")])
-    assert np.frombuffer(train, "<u2").tolist() == tokens_of(["one", ""])
-    assert prepare.measure(tmp_path / "a.jsonl")[0] == 2
-
-
-def test_held_out_documents_go_to_val(prepare):
-    train, val = prepare.encode([("one", False), ("two", True), ("three", False)])
-    assert np.frombuffer(train, "<u2").tolist() == tokens_of(["one", "three"])
-    assert np.frombuffer(val, "<u2").tolist() == tokens_of(["two"])
+    assert [document.text() for document in local_documents([tmp_path / "a.jsonl"])] == ["one", ""]
 
 
 @pytest.mark.parametrize("line", [
-    b"{", b"", b"[]", b"[" * 100_000, b"5", b"null", b'"text"', b'{"txt": "a"}', b'{"text": 5}',
+    b"{", b"[]", b"[" * 100_000, b"5", b"null", b'"text"', b'{"txt": "a"}', b'{"text": 5}',
     b'{"text": null}', b'{"text": "caf\xe9"}'])
-def test_a_line_without_a_document_is_refused_and_shown(prepare, line):
-    with pytest.raises(UserError, match="expected a document with a field `text`") as caught:
-        prepare.encode([(line, False)])
-    assert f"{line!r:.80}" in str(caught.value)
+def test_a_line_without_a_document_is_shown_with_its_file_and_number(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n\n' + line + b"\n")
+    _, document = local_documents([tmp_path / "a.jsonl"])
+    with pytest.raises(UserError, match=r"a\.jsonl line 3: expected .* a field `text`") as caught:
+        document.text()
+    assert f"{line + bytes([10])!r:.80}" in str(caught.value)
 
 
-def test_batches_keep_all_documents_in_order_and_mark_the_held_out(prepare, monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 100)
-    documents = texts(50)
-    found = list(prepare.batches(iter(documents), {3, 40}))
+def test_a_parquet_row_without_text_is_named(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", [*texts(1500), None])
+    with pytest.raises(UserError, match=r"a\.parquet row 1501: expected"):
+        [document.text() for document in local_documents([path])]
+
+
+@pytest.mark.parametrize("ending, pack", [(".txt", bytes), (".md.gz", gzip.compress)])
+def test_a_text_that_is_not_utf8_is_named_with_the_byte(tmp_path, ending, pack):
+    (tmp_path / f"a{ending}").write_bytes(pack("naïve\n".encode() * 1000 + b"caf\xe9"))
+    with pytest.raises(UserError, match=rf"a{ending} is not UTF-8 at byte 7003"):
+        list(local_documents([tmp_path / f"a{ending}"]))
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud83dz \ud83d\ude00"}')
+    assert next(local_documents([tmp_path / "a.jsonl"])).text() == "a\ufffdz 😀"
+
+
+def test_files_are_found_by_name_folder_glob_and_commas(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.png", "sub/c.md", "sub/deep/d.jsonl.gz", "sub/e[1].txt", ".git/f.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for names, expected in {
+            "a.txt": "a.txt", ".": "a.txt sub/c.md sub/deep/d.jsonl.gz sub/e[1].txt",
+            "*.txt": "a.txt", "**/*.txt": "a.txt sub/e[1].txt", "sub/e[1].txt": "sub/e[1].txt",
+            "sub/deep,a.txt,*.txt": "a.txt sub/deep/d.jsonl.gz"}.items():
+        assert [str(path) for path in find_files(names)] == expected.split(), names
+
+
+@pytest.mark.parametrize("chars, n_min", [("a\n", 99), ("a1 .,\n", 99), ("\n", 1), ("ab ", 1)])
+def test_pieces_of_a_text_have_the_ids_of_the_whole(monkeypatch, chars, n_min):
+    monkeypatch.setattr("data.documents.PIECE", 10)
+    gpt2, text = GPT2Tokenizer(), "".join(random.Random(0).choices(chars, k=9999))
+    parts = list(pieces(text))
+    assert len(parts) >= n_min
+    assert sum(map(gpt2.encode, parts), []) == gpt2.encode(text)
+
+
+# ------------------------------------------------------------------------------ documents to tokens
+
+def test_held_out_documents_go_to_val_and_their_bytes_are_counted(monkeypatch):
+    monkeypatch.setattr(encode, "tokenizer", GPT2Tokenizer(), raising=False)
+    pairs = [(Document("one", ""), False), (Document("zwölf", ""), True), (Document("", ""), True)]
+    (train, train_bytes), (val, n_val_bytes) = encode.encode(pairs)
+    assert np.frombuffer(train, "<u2").tolist() == tokens_of(["one"])
+    assert np.frombuffer(val, "<u2").tolist() == tokens_of(["zwölf", ""])
+    assert (train_bytes, n_val_bytes) == (3, 6)
+
+
+def test_batches_keep_all_documents_in_order(monkeypatch):
+    monkeypatch.setattr(encode, "BATCH_BYTES", 100)
+    pairs = [(Document(text, ""), i in (3, 40)) for i, text in enumerate(texts(50))]
+    found = list(encode.batches(iter(pairs)))
     assert len(found) > 10
-    assert sum(found, []) == [(text, i in (3, 40)) for i, text in enumerate(documents)]
-    assert all(sum(len(text) for text, _ in batch[:-1]) < 100 for batch in found)
+    assert sum(found, []) == pairs
+    assert all(sum(len(document.content) for document, _ in batch[:-1]) < 100 for batch in found)
 
 
-@pytest.mark.parametrize("fraction", [0.0005, 0.1, 0.3, 0.5])
-@pytest.mark.parametrize("n", [2, 3, 10, 1999, 2000, 2001, 20_000])
-def test_the_held_out_documents_are_those_that_datasets_would_hold_out(prepare, n, fraction):
-    if n == 2 and fraction == 0.5 or n * fraction < n - 1:
-        assert prepare.choose_held_out(n, fraction, 2357) == held_out_by_datasets(n, fraction, 2357)
+@pytest.mark.parametrize("fraction", [0.0005, 0.3, 0.5])
+@pytest.mark.parametrize("n", [2, 3, 1999, 2000, 2001, 20_000])
+def test_the_held_out_documents_are_those_that_datasets_would_hold_out(n, fraction):
+    assert choose_held_out()(n, fraction, 2357) == held_out_by_datasets(n, fraction, 2357)
 
 
-def test_of_openwebtext_4007_documents_are_held_out(prepare):
-    assert len(prepare.choose_held_out(8_013_769, 0.0005, 2357)) == 4007
+def test_of_openwebtext_4007_documents_are_held_out():
+    assert len(choose_held_out()(8_013_769, 0.0005, 2357)) == 4007
 
 
 # ----------------------------------------------------------------------- OpenWebText: the script
@@ -218,44 +270,24 @@ def openwebtext(out: Path, *args: str, **environment: str) -> subprocess.Complet
     return run(ROOT / OPENWEBTEXT, f"--out_dir={out}", "--num_proc=1", *args, **environment)
 
 
-def test_documents_of_all_formats_are_written_in_order_to_one_of_the_two_files(tmp_path):
+def test_documents_are_written_in_order_to_one_of_the_two_files_in_the_folder_of_the_script(repo):
     documents = texts(9600)  # 2 MB: more than one batch
-    (tmp_path / "corpus").mkdir()
-    write_jsonl(tmp_path / "corpus/a.jsonl", documents[:4000])
-    write_parquet(tmp_path / "corpus/b.parquet", documents[4000:9590])
-    (tmp_path / "corpus/c.txt").write_text("<|endoftext|>".join(documents[9590:]), "utf-8")
-    done = openwebtext(tmp_path / "out", f"--input={tmp_path}/corpus/*", "--num_proc=2")
+    (repo / "corpus").mkdir()
+    for i, ending in enumerate([".jsonl", ".parquet", ".txt"]):
+        write_documents(repo / f"corpus/{i}{ending}", documents[i * 3200:(i + 1) * 3200])
+    done = run(repo / OPENWEBTEXT, "--input=corpus/*", "--num_proc=2", cwd=repo)
     assert done.returncode == 0, done.stderr
     held_out = held_out_by_datasets(9600, 0.0005, 2357)
     assert len(held_out) == 5
     train, val = ([text for i, text in enumerate(documents) if (i in held_out) == is_val]
                   for is_val in (False, True))
-    assert read(tmp_path / "out/train.bin") == tokens_of(train)
-    assert read(tmp_path / "out/val.bin") == tokens_of(val)
+    folder = repo / "data/openwebtext"
+    assert read(folder / "train.bin") == tokens_of(train)
+    assert read(folder / "val.bin") == tokens_of(val)
     assert f"train.bin: {len(tokens_of(train)):,} tokens" in done.stdout
     assert "B/s" in done.stdout
-
-
-def test_without_out_dir_the_files_are_written_to_the_folder_of_the_script(repo):
-    write_jsonl(repo / "a.jsonl", ["one", "two", "three"])
-    done = run(repo / OPENWEBTEXT, "--input=a.jsonl", "--num_proc=1", cwd=repo)
-    assert done.returncode == 0, done.stderr
-    folder = repo / "data/openwebtext"
-    assert sorted(path.name for path in folder.iterdir()) == ["prepare.py", "train.bin", "val.bin"]
-    assert len(read(folder / "train.bin")) == 4
-
-
-def test_a_name_with_brackets_is_a_file_before_it_is_a_glob(tmp_path):
-    path = write_jsonl(tmp_path / "part[1].jsonl", ["one", "two"])
-    done = openwebtext(tmp_path / "out", f"--input={path}")
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_vocabulary_of_an_earlier_character_dataset_is_removed(tmp_path):
-    (tmp_path / "meta.pkl").write_bytes(b"")
-    done = openwebtext(tmp_path, f"--input={write_jsonl(tmp_path / 'a.jsonl', ['one', 'two'])}")
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "meta.pkl").exists()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "dataset.json", "prepare.py", "train.bin", "val.bin"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
@@ -265,14 +297,15 @@ def test_the_vocabulary_of_an_earlier_character_dataset_is_removed(tmp_path):
     ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))",
      "cannot write"),
     (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from data import documents as d\n"
-     "d.measure = lambda path: (9601, 10**6)", "9,600 documents, not 9,601"),
+     "first, d.local_documents = d.local_documents, lambda paths: ("
+     "globals().update(d=d), setattr(d, 'local_documents', first), [*first(paths)] * 2)[2]",
+     "9,600 documents, not 19,200"),
 ], ids=["too small a disk", "a disk that fills up", "a source that changes"])
 def test_a_run_that_fails_says_why_and_leaves_no_file(tmp_path, patch, error):
     (tmp_path / "sitecustomize.py").write_text(patch)
     path = write_jsonl(tmp_path / "a.jsonl", texts(9600))
     done = openwebtext(tmp_path / "out", f"--input={path}", PYTHONPATH=str(tmp_path))
     assert error in refused(done, tmp_path / "out")
-    assert ("encoding" in done.stdout) == (error != "MB free")
     assert not (tmp_path / "out").exists()
 
 
@@ -296,8 +329,7 @@ def running(large: Path, out: Path, **environment: str) -> Iterator[subprocess.P
         env=os.environ | environment,  # a shell's background jobs inherit an ignored SIGINT
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
-        written = out / "train.bin.tmp"
-        while not written.exists() or written.stat().st_size < 100_000:
+        while not any(path.stat().st_size > 100_000 for path in out.glob("train.bin.*.tmp")):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         yield process
@@ -348,7 +380,8 @@ def killed(large, tmp_path_factory):
 
 def test_a_run_keeps_nothing_on_disk_but_its_output(killed):
     out, cached, _ = killed
-    assert {path.name for path in out.iterdir()} == {"train.bin.tmp", "val.bin.tmp"}
+    assert {path.name.split(".")[0] for path in out.glob("*.bin.*.tmp")} == {"train", "val"}
+    assert len(list(out.iterdir())) == 3
     assert cached < 2**20
 
 
@@ -374,7 +407,7 @@ def test_without_a_network_the_error_names_all_revisions_that_were_tried(tmp_pat
         assert word in error
 
 
-def test_if_main_does_not_load_the_converted_parquet_is_used(prepare, tmp_path, monkeypatch):
+def test_if_main_does_not_load_the_converted_parquet_is_used(tmp_path, monkeypatch):
     import datasets
     documents = texts(20)
     path = write_parquet(tmp_path / "a.parquet", documents)
@@ -388,41 +421,153 @@ def test_if_main_does_not_load_the_converted_parquet_is_used(prepare, tmp_path, 
         return load("parquet", data_files=str(path), cache_dir=tmp_path / "cache", **arguments)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = prepare.hub_dataset("Skylion007/openwebtext")
-    assert list(prepare.hub_documents(rows)) == documents
+    rows = hub_dataset("Skylion007/openwebtext")
+    assert [document.text() for document in hub_documents(rows)] == documents
     assert tried == [("Skylion007/openwebtext", "main"),
                      ("Skylion007/openwebtext", "refs/convert/parquet")]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no scripts\nmore"), TimeoutError()], ids=repr)
-def test_any_error_of_the_hub_is_reported_in_one_line(prepare, monkeypatch, error):
-    import datasets
-
-    def load_dataset(*args, **arguments) -> None:
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError) as caught:
-        prepare.hub_dataset("Skylion007/openwebtext")
-    name = type(error).__name__
-    assert re.search(rf"main \({name}.*refs/convert/parquet \({name}", str(caught.value))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_hub_that_stops_answering_is_reported_in_a_sentence(prepare):
+def test_a_hub_that_stops_answering_is_reported_in_a_sentence():
     def rows() -> Iterator[dict]:
         yield {"text": "one"}
         raise ConnectionError("Disconnected")
 
-    documents = prepare.hub_documents(rows())
-    assert next(documents) == "one"
+    documents = hub_documents(rows())
+    assert next(documents).text() == "one"
     with pytest.raises(UserError, match="stopped answering"):
         next(documents)
 
 
-def test_the_size_of_parquet_is_that_of_its_text(prepare, tmp_path):
-    table = pa.table({"text": ["one two"] * 100, "other": [str(i) * 1000 for i in range(100)]})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    n_documents, n_bytes = prepare.measure(tmp_path / "a.parquet")
-    assert n_documents == 100
-    assert n_bytes < 2000
+# ------------------------------------------------------------------------------------- data/text
+
+def prepared(repo: Path, *args: str, stdin: str = "") -> tuple[list[int], list[int], str]:
+    """The ids in data/mine/train.bin and val.bin, and what the script printed."""
+    done = subprocess.run([sys.executable, "data/text/prepare.py", "--name=mine", *args], cwd=repo,
+                          input=stdin.encode(), capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    train, val = (read(repo / f"data/mine/{split}.bin") for split in ("train", "val"))
+    return train, val, done.stdout.decode()
+
+
+EACH_TOKENIZER = pytest.mark.parametrize("tokenizer", ["char", "gpt2", "bpe:300"])
+
+
+@EACH_TOKENIZER
+def test_a_mixed_folder_is_split_by_document(repo, tokenizer):
+    documents, parts = texts(60), {}  # a tenth would be less than a block
+    for i, name in enumerate(["a.txt", "sub/b.md", "sub/c.jsonl", "sub/d.parquet", "e.txt.gz",
+                              "f.jsonl.gz"]):
+        path = repo / "corpus" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_documents(path.with_name(path.name.removesuffix(".gz")), documents[i::6])
+        if path.suffix == ".gz":
+            path.write_bytes(gzip.compress(path.with_suffix("").read_bytes()))
+            path.with_suffix("").unlink()
+        parts[path] = documents[i::6]
+    (repo / "corpus/image.png").write_bytes(b"\xff")
+    train, val, printed = prepared(repo, "--input=corpus", f"--tokenizer={tokenizer}")
+    meta = load_meta(repo / "data/mine")
+    encoder = get_tokenizer(meta)
+    in_order = [text for path in sorted(parts) for text in parts[path]]
+    held_out = [text for text in in_order if text in encoder.decode(val)]
+    for ids, expected in ((val, held_out), (train, [t for t in in_order if t not in held_out])):
+        assert ids == [i for text in expected for i in encoder.encode_document(text).tolist()]
+    assert len(val) >= max(1025, 0.01 * (len(train) + len(val)))
+    n_bytes = sum(len(text.encode()) for text in documents)
+    assert f"60 documents, {n_bytes:,} bytes of text" in printed
+    assert f"train.bin: {len(train):,} tokens" in printed
+    config = "fast_shakespeare_char_cpu" if tokenizer == "char" else "train_text_cpu"
+    assert printed.endswith(
+        f"python train.py config/{config}.py --dataset=mine --out_dir=out-mine\n")
+    assert val_bytes(repo / "data/mine") == sum(len(text.encode()) for text in held_out)
+    assert json.loads((repo / "data/mine/dataset.json").read_text()) == {
+        "tokenizer": tokenizer.partition(":")[0], "train_tokens": len(train),
+        "val_tokens": len(val), "val_bytes": val_bytes(repo / "data/mine"),
+        "train_bytes": n_bytes - val_bytes(repo / "data/mine")}
+
+
+@EACH_TOKENIZER
+def test_one_text_is_split_by_position_and_decodes_to_itself(repo, tokenizer):
+    text = "".join(f"{line}\n" for line in texts(12_000))  # encoded by processes, in pieces
+    (repo / "book.md").write_text(text)
+    train, val, _ = prepared(repo, "--input=book.md", f"--tokenizer={tokenizer}")
+    encoder = get_tokenizer(load_meta(repo / "data/mine"))
+    assert encoder.decode(train) + encoder.decode(val) == text
+    assert val_bytes(repo / "data/mine") == pytest.approx(100_000, abs=4)
+    before = [train, val]
+    for args in (["--input=-"], ["--input=bo*.md"]):
+        found = prepared(repo, f"--tokenizer={tokenizer}", *args, stdin=text)
+        assert list(found[:2]) == before
+
+
+def test_of_few_long_documents_the_end_of_the_longest_a_tenth_of_all_is_held_out(repo):
+    documents = ["one " * 20_000, "two " * 30_000, "three"]
+    write_jsonl(repo / "a.jsonl", documents)
+    train, val, _ = prepared(repo, "--input=a.jsonl")
+    encoder = get_tokenizer(load_meta(repo / "data/mine"))
+    assert encoder.decode(val) == documents[1][-20_000:] + "\n"
+    assert encoder.decode(train) == f"{documents[0]}\n{documents[1][:-20_000]}\nthree\n"
+
+
+def test_of_a_short_text_half_is_held_out_and_the_next_command_has_a_shorter_block(repo):
+    train, val, printed = prepared(repo, "--input=-", stdin="word " * 20)
+    assert (len(train), len(val)) == (50, 50)
+    assert "the text is short: val.bin, at most half of it, has less than a block" in printed
+    assert printed.endswith("--out_dir=out-mine --block_size=49\n")
+
+
+@pytest.mark.parametrize("text, name", [
+    ("".join(map(chr, range(0x4e00, 0x4e00 + 498))), "char"),  # with the newline, 499 characters
+    ("".join(map(chr, range(0x4e00, 0x4e00 + 499))), "gpt2"),
+    ("x " * 1000, "char"), ("x " * 1000 + ".", "gpt2")])
+def test_characters_are_the_default_up_to_a_size_and_a_number_of_them(repo, text, name):
+    script = repo / "data/text/prepare.py"
+    source = script.read_text()
+    assert "CHAR_BYTES, CHARS = 20_000_000, 500" in source
+    script.write_text(source.replace("20_000_000", "2_000"))
+    prepared(repo, "--input=-", stdin=text)
+    assert json.loads((repo / "data/mine/dataset.json").read_text())["tokenizer"] == name
+
+
+def test_the_files_of_an_earlier_tokenizer_are_removed(repo):
+    for tokenizer, expected in (("char", {"meta.pkl"}), ("bpe:260", {"tokenizer.json"}),
+                                ("gpt2", set()), ("bpe:260", {"tokenizer.json"})):
+        prepared(repo, "--input=-", f"--tokenizer={tokenizer}", stdin="some words " * 99)
+        assert {path.name for path in (repo / "data/mine").iterdir()} == {
+            "train.bin", "val.bin", "dataset.json", *expected}
+    assert isinstance(get_tokenizer(load_meta(repo / "data/mine")), TrainedTokenizer)
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--input=none"], ["--input=none", ".jsonl", "a folder"]),
+    (["--input=empty"], ["--input=empty"]),
+    (["--input=data/mine"], ["--input=data/mine"]),
+    (["--input=a.txt,c.doc"], ["c.doc", "'.doc'", ".parquet, .jsonl, .txt, .md"]),
+    (["--input=binary.txt"], ["binary.txt is not UTF-8 at byte 1"]),
+    (["--input=binary.txt.gz"], ["cannot read binary.txt.gz"]),
+    (["--input=cut.jsonl.gz"], ["cannot read cut.jsonl.gz"]),
+    (["--input=broken.jsonl"], ["broken.jsonl line 17", "a field `text`", "{cut"]),
+    (["--input=-"], ["holds 0 bytes of text"]),
+    (["--input=a.txt", "--name=a/b"], ["'a/b'", "a plain name"]),
+    (["--input=a.txt", "--name=.."], ["'..'", "a plain name"]),
+    (["--input=a.txt", "--name="], ["''", "--name=mybook"]),
+    (["--name=mine"], ["input = None", "--input=book.txt"]),
+    (["--input=a.txt", "--name=shakespeare"], ["'shakespeare'", "another name"]),
+    (["--input=a.txt", "--name=bins.py"], ["bins.py", "File exists", "another name"]),
+    *((["--input=a.txt", f"--tokenizer={name}"], [f"'{name}'", "char, gpt2, or bpe:N"])
+      for name in ("bpe:0", "bpe:256", "bpe:70000", "bpe:", "bpe", "bpe:-5", "char:5", "")),
+], ids=lambda value: " ".join(value) if value[0].startswith("--") else "")
+def test_a_wrong_use_ends_in_one_sentence_and_writes_nothing(repo, args, words):
+    (repo / "empty").mkdir()
+    (repo / "a.txt").write_text("some words " * 99)
+    (repo / "c.doc").touch()
+    for name in ("binary.txt", "binary.txt.gz"):
+        (repo / name).write_bytes(b"a\xff\xfe\0")
+    (repo / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n' * 99)[:-9])
+    (repo / "broken.jsonl").write_text('{"text": "one"}\n' * 16 + "{cut\n")
+    before = set(repo.rglob("*"))
+    done = run("data/text/prepare.py", "--name=mine", *args, cwd=repo, PYTHONDONTWRITEBYTECODE="1")
+    error = refused(done, repo)
+    for word in words:
+        assert word in error
+    assert set(repo.rglob("*")) == before

@@ -1,12 +1,19 @@
-"""sample.py as users run it: prompts, streaming, stop tokens, and which weights it loads."""
+"""sample.py as users run it: prompts, streaming, stop texts, sessions, the weights it loads."""
 
+import fcntl
+import os
+import select
+import signal
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
 import tiktoken
 import torch
 import transformers
-from conftest import script
+from conftest import ROOT, run, script
 
 from data.tokenizer import CharTokenizer
 from engine.checkpoint import save
@@ -39,9 +46,8 @@ def out(tmp_path_factory) -> Path:
 
 
 def sample(*args: str) -> str:
-    """What sample.py prints after its line about the device."""
-    done = script("sample.py", "--device=cpu", "--dtype=float32", *args)
-    return done.stdout.partition("process\n")[2]
+    """What sample.py prints to stdout: the text alone."""
+    return script("sample.py", "--device=cpu", "--dtype=float32", *args).stdout
 
 
 def expected(name: str, num_samples: int, seed: int, **options) -> list[str]:
@@ -68,14 +74,77 @@ def test_a_single_sample_of_a_prompt_from_a_file_streams_the_same_text_by_best_p
     assert text == row + "\n"
 
 
-def test_a_sample_ends_with_the_stop_token(out):
-    texts = sample(f"--out_dir={out}", f"--start={PROMPT}", "--stop=o", "--num_samples=3",
-                   "--max_new_tokens=40", "--seed=7")
-    rows = [text.removeprefix(PROMPT) for text in texts.split("\n---------------\n")[:3]]
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_a_sample_ends_with_the_stop_text_of_any_number_of_tokens(out, num_samples):
     free = [text.removeprefix(PROMPT)
-            for text in expected("best.pt", 3, 7, top_k=200, temperature=0.8)]
-    assert rows == [row[:row.find("o") + 1] or row for row in free]  # without an o: all of it
-    assert any(len(row) < 40 for row in rows)
+            for text in expected("best.pt", num_samples, 7, top_k=200, temperature=0.8)]
+    stop = free[0][9:12]
+    texts = sample(f"--out_dir={out}", f"--start={PROMPT}", f"--stop={stop}",
+                   f"--num_samples={num_samples}", "--max_new_tokens=40", "--seed=7")
+    rows = [text.removeprefix(PROMPT).removesuffix("\n")
+            for text in texts.split("\n---------------\n")[:num_samples]]
+    assert rows == [row.partition(stop)[0] + stop * (stop in row) for row in free]
+    assert len(rows[0]) <= 12
+
+
+def test_a_prompt_comes_through_a_pipe_and_the_speed_goes_to_stderr(out):
+    done = subprocess.run([sys.executable, ROOT / "sample.py", f"--out_dir={out}", "--start=-",
+                           "--num_samples=1", "--max_new_tokens=5"],
+                          input=PROMPT, text=True, capture_output=True)
+    assert done.stdout.startswith(PROMPT) and len(done.stdout) == len(PROMPT) + 5 + 1
+    assert "running on cpu" in done.stderr and "tokens per second" in done.stderr
+
+
+def test_a_session_in_a_terminal_continues_prompts_changes_settings_and_outlives_ctrl_c(out):
+    def enter_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # makes it send Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
+
+    terminal, its_end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "sample.py", f"--out_dir={out}", "--interactive=True",
+         "--max_new_tokens=1000000"], stdin=its_end, stdout=its_end, stderr=its_end,
+        start_new_session=True, preexec_fn=enter_terminal,
+        env=os.environ | {"TERM": "dumb"})
+    os.close(its_end)
+
+    shown = ""
+
+    def wait_for(text: str) -> None:
+        """Read up to a text."""
+        nonlocal shown
+        while text not in shown:
+            assert select.select([terminal], [], [], 60)[0], shown
+            shown += os.read(terminal, 4096).decode()
+        shown = shown.partition(text)[2]
+
+    def answer(line: bytes, *texts: str) -> None:
+        wait_for("> ")
+        os.write(terminal, line)
+        for text in texts:
+            wait_for(text)
+
+    try:
+        answer(b"to be\n", "to be", "e")  # a text without an end
+        os.write(terminal, b"\x03")  # Ctrl-C
+        answer(b"/max_new_tokens 5\n", "settings: max_new_tokens=5")
+        answer(b"/temperature -1\n", "expected temperature >= 0")
+        answer(b"/tempature 1\n", "did you mean temperature?")
+        answer(b"/help\n", "/temperature 0.8", "/stop None")
+        answer(b"is it #?\n", "'#'")
+        answer(b"that is\n", "tokens per second")
+        answer(b"\x04")  # Ctrl-D
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        os.close(terminal)
+
+
+def test_without_a_checkpoint_the_runs_that_are_here_are_named(out, tmp_path):
+    (tmp_path / "out-mine").symlink_to(out)
+    done = run(ROOT / "sample.py", "--out_dir=out-mien", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "did you mean out-mine?" in done.stderr and "runs here: out-mine" in done.stderr
 
 
 def test_a_local_gpt2_continues_greedily_as_in_transformers(tmp_path):

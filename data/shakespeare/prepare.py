@@ -2,8 +2,8 @@
 
     python data/shakespeare/prepare.py
 
-Reads input.txt in this folder, which is downloaded if it does not exist: replace it to fine-tune
-on another text. Writes train.bin and val.bin here.
+Reads input.txt in this folder, which is downloaded if it does not exist, and writes the dataset
+here. For a text of your own, see data/text/prepare.py.
 """
 
 import sys
@@ -20,5 +20,5 @@ url = ("https://raw.githubusercontent.com/karpathy/char-rnn/"  # where input.txt
        "master/data/tinyshakespeare/input.txt")
 configure(globals())
 
-text = read_input(HERE / "input.txt", url)
+text = read_input(HERE / "input.txt", url if HERE.name == "shakespeare" else None)
 write_text_dataset(HERE, text, GPT2Tokenizer())

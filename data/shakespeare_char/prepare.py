@@ -2,8 +2,8 @@
 
     python data/shakespeare_char/prepare.py
 
-Reads input.txt in this folder, which is downloaded if it does not exist: replace it to train on
-another text. Writes train.bin, val.bin and meta.pkl here.
+Reads input.txt in this folder, which is downloaded if it does not exist, and writes the dataset
+here. For a text of your own, see data/text/prepare.py.
 """
 
 import sys
@@ -20,6 +20,6 @@ url = ("https://raw.githubusercontent.com/karpathy/char-rnn/"  # where input.txt
        "master/data/tinyshakespeare/input.txt")
 configure(globals())
 
-text = read_input(HERE / "input.txt", url)
+text = read_input(HERE / "input.txt", url if HERE.name == "shakespeare_char" else None)
 meta = CharTokenizer.meta_of(text)
 write_text_dataset(HERE, text, CharTokenizer(meta), meta)

@@ -1,0 +1,115 @@
+"""Documents to train.bin and val.bin: encoded by parallel processes and streamed into the files."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from configurator import UserError
+from data.bins import dataset_writer, remove_stale
+from data.documents import Document
+from data.tokenizer import get_tokenizer
+
+SMALL = 2**20  # bytes of text that do not need several processes
+BATCH_BYTES = 2**20  # text per task: amortizes the overhead of a task at little memory
+LabeledDocument = tuple[Document, bool]  # and whether it is held out
+
+
+def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict | None,
+                  n_bytes: int | None, num_proc: int | None, disk_bytes: int,
+                  one_text: bool = False, advice: str = "choose another name") -> None:
+    """Write documents as a dataset: all its files, or none. Raises UserError.
+
+    meta: of the tokenizer. n_bytes: of text, if known. num_proc: worker processes; None: one per
+    core. disk_bytes: estimated size of the files. one_text: the documents are the parts of a
+    text, with nothing between them. advice: what to do if the folder cannot be used.
+    """
+    from tqdm import tqdm
+    load_tokenizer(meta)  # downloads GPT-2's BPE files, once for all workers
+    remove_stale(folder)
+    try:
+        disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free_bytes = shutil.disk_usage(disk).free
+        if disk_bytes > free_bytes:
+            raise UserError(f"{folder} has {free_bytes / 1e6:,.1f} MB free, but about "
+                            f"{disk_bytes / 1e6:,.1f} MB are needed: {advice}")
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; {advice}") from None
+
+    n_workers = num_proc or os.cpu_count()
+    if n_bytes is not None and n_bytes <= SMALL:
+        pool = ThreadPoolExecutor(1)
+    else:
+        pool = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), start_worker,
+                                   (meta,))
+    pending = deque()
+    try:
+        with (dataset_writer(folder, meta) as write,
+              tqdm(total=n_bytes, unit="B", unit_scale=True, file=sys.stdout) as progress):
+            def write_oldest() -> None:
+                for split, part in zip(("train", "val"), pending.popleft().result(), strict=True):
+                    write(split, *part)
+            for batch in batches(documents):
+                pending.append(pool.submit(encode, batch, one_text))
+                progress.update(sum(len(document.content) for document, _ in batch))
+                if len(pending) > 2 * n_workers:
+                    write_oldest()
+            while pending:
+                write_oldest()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed, as happens when memory runs out: try a "
+                        "smaller --num_proc") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def batches(documents: Iterable[LabeledDocument]) -> Iterator[list[LabeledDocument]]:
+    """Batches of about BATCH_BYTES of text."""
+    batch, size = [], 0
+    for document, held_out in documents:
+        batch.append((document, held_out))
+        size += len(document.content)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def start_worker(meta: dict | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    load_tokenizer(meta)
+
+
+def exit_with_parent() -> None:
+    """Exit this worker when the main process has been killed, and so cannot stop it."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def load_tokenizer(meta: dict | None) -> None:
+    global tokenizer
+    tokenizer = get_tokenizer(meta)
+
+
+def encode(batch: list[LabeledDocument], one_text: bool = False) -> list[tuple[bytes, int]]:
+    """For train.bin and for val.bin, token ids and the number of bytes of text that they encode."""
+    ids, n_bytes = ([], []), [0, 0]
+    for document, held_out in batch:
+        text = document.text()
+        n_bytes[held_out] += len(text.encode())
+        document_ids = tokenizer.encode_document(text)
+        ids[held_out].append(document_ids[:len(document_ids) - one_text].tobytes())
+    return [(b"".join(parts), size) for parts, size in zip(ids, n_bytes, strict=True)]

@@ -1,0 +1,89 @@
+"""What a training run on GPUs will take, by arithmetic: memory, time, money. Needs no GPU."""
+
+from functools import partial
+
+from configurator import UserError, check_choice
+from engine.runtime import DTYPES, PEAK_TFLOPS
+from model import GPT
+
+# GB of memory of the devices in PEAK_TFLOPS, from the same sources; the A100 also exists with 80.
+MEMORY_GB = {"B200": 180, "H200 NVL": 141, "H200": 141, "H100 PCIe": 80, "H100 NVL": 94,
+             "H100": 80, "A100": 40, "L40S": 48, "L4": 24, "RTX 4090": 24, "RTX 3090": 24,
+             "V100": 16, "T4": 16, "MI300X": 192, "MI250X": 64}
+USABLE = 0.92  # fraction of a GPU's memory; the rest is the CUDA context and fragmentation
+
+
+def memory_by_part(model: GPT, batch_size: int, dtype: str, optimizer: str, n_gpus: int,
+                   ) -> dict[str, float]:
+    """Bytes per GPU of what a training step holds, by part: activations and logits at the end of a
+    forward pass, gradients at the end of a backward pass.
+
+    batch_size: sequences per micro-batch. The model may be on the meta device.
+    """
+    c, N = model.config, batch_size * model.config.block_size  # N: tokens per micro-batch
+    C, V, size = c.n_embd, c.vocab_size, 4 if dtype == "float32" else 2  # bytes per element
+    n_params = sum(p.numel() for p in model.parameters())
+    n_matrices = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
+    muon = n_matrices if optimizer == "muon" else 0  # one moment, not two
+    # Saved for the backward pass of a block: the residual stream before both norms, in float32;
+    # both norms' outputs, q, k, v, the attention's output, and 4 C before and 4 C after the MLP's
+    # activation. Then the statistics of both norms and of the softmax, and dropout masks.
+    block = 8 * C + 14 * C * size + 16 + 4 * c.n_head + (2 * C if c.dropout else 0)
+    if c.positions == "rotary" or c.qk_norm:  # new queries and keys
+        block += 2 * C * size * ((c.positions == "rotary") + c.qk_norm)
+    chunk = max(N // 8, 2**24 // V)  # rows of logits at a time, in LinearCrossEntropy
+    return {
+        "weights": 4 * n_params + (2 * n_params if size == 2 else 0),  # with copies in dtype
+        "optimizer": 8 * n_params - 4 * muon,
+        "ddp_buckets": 4 * n_params if n_gpus > 1 else 0,  # where gradients are averaged
+        "gradients": 4 * n_params,
+        "activations": N * (c.n_layer * block + 8 * C),
+        "logits": 8 * min(chunk, N) * V + (4 + size) * V * C}
+
+
+def peak(parts: dict[str, float], accumulates: bool) -> float:
+    """The largest sum of parts that is held at a time. accumulates: whether gradients of earlier
+    micro-batches are held during a forward pass."""
+    both = parts["activations"] + parts["logits"]
+    rest = parts["weights"] + parts["optimizer"] + parts["ddp_buckets"]
+    return rest + (parts["gradients"] + both if accumulates else max(parts["gradients"], both))
+
+
+def plan(model: GPT, gpu: str, n_gpus: int, memory_gb: float | None, dtype: str | None,
+         optimizer: str, batch_size: int, gradient_accumulation_steps: int, max_iters: int,
+         mfu: float, usd_per_gpu_hour: float | None) -> dict[str, float | None]:
+    """Figures of a run on n_gpus GPUs that reaches the given MFU; time is that of the steps alone.
+
+    gpu: a name in PEAK_TFLOPS. Raises UserError if that has no peak in dtype.
+    """
+    check_choice("gpu", gpu, list(PEAK_TFLOPS))
+    peaks = dict(zip(DTYPES, PEAK_TFLOPS[gpu], strict=True))
+    dtype = dtype or next(name for name in DTYPES if peaks[name])
+    if not peaks[check_choice("dtype", dtype, DTYPES)]:
+        raise UserError(f"dtype = {dtype!r}: a {gpu} does not have it, choose another dtype")
+    if gradient_accumulation_steps % n_gpus:
+        raise UserError(f"gradient_accumulation_steps = {gradient_accumulation_steps} is not "
+                        f"divisible by {n_gpus} GPUs: choose a multiple of {n_gpus}")
+    memory_gb = memory_gb or MEMORY_GB[gpu]
+
+    parts_of = partial(memory_by_part, model, dtype=dtype, optimizer=optimizer, n_gpus=n_gpus)
+    accumulates = gradient_accumulation_steps > n_gpus
+    largest = 0
+    while (peak(parts_of(largest + 1), accumulates) <= USABLE * memory_gb * 1e9
+           and largest < 4096):
+        largest += 1
+    parts = parts_of(batch_size)
+    tokens_per_step = gradient_accumulation_steps * batch_size * model.config.block_size
+    step_s = model.flops_per_token() * tokens_per_step / (n_gpus * peaks[dtype] * 1e12 * mfu)
+    gpu_hours = n_gpus * step_s * max_iters / 3600
+    n_params = sum(p.numel() for p in model.parameters())
+    return {
+        "parameters": n_params, "peak_tflops": peaks[dtype],
+        **{f"{part}_gb": n_bytes / 1e9 for part, n_bytes in parts.items()},
+        "peak_memory_gb": peak(parts, accumulates) / 1e9, "memory_of_gpu_gb": memory_gb,
+        "largest_batch_size": largest, "tokens_per_step": tokens_per_step,
+        "step_ms": step_s * 1e3, "tokens": tokens_per_step * max_iters,
+        "days": step_s * max_iters / 86400, "gpu_hours": gpu_hours,
+        "usd": usd_per_gpu_hour and usd_per_gpu_hour * gpu_hours,
+        "checkpoint_gb": (4 * n_params + parts["optimizer"]) / 1e9,
+        "data_gb": 2 * tokens_per_step * max_iters / 1e9}
