@@ -340,6 +340,21 @@ def diverged(what: str) -> RunError:
 
 # ----------------------------------------------------------------------------------------- set-up
 
+def announce_duration(batch: torch.Tensor) -> None:
+    """Print how long a step and the run will take without compilation, by the time that a
+    micro-batch takes, or as many rows of it as take some seconds."""
+    rows = max(1, min(batch_size, int(1e12 / model.flops_per_token() / block_size)))
+    before = time.time()
+    with rt.autocast():
+        model(batch[:rows], batch[:rows], loss_only=True)[1].backward()
+    model.zero_grad()
+    step_s = (time.time() - before) * batch_size / rows * len(micro_steps)
+    run_s = step_s * max(0, max_iters - iter_num)
+    progress.print(f"a step takes about {step_s:.2g} s, all steps {duration(run_s)}")
+    if run_s > 86400:
+        progress.print("this is a run for a GPU; a smaller one: config/train_text_cpu.py")
+
+
 print0(f"{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tokens per step, "
        f"{len(train_tokens):,} training tokens, {len(val_tokens):,} validation tokens")
 stopwatch, progress = Stopwatch(rt), Progress(rt, iter_num, max_iters)
@@ -351,20 +366,16 @@ if not eval_only:
     # into memory before an earlier run is moved. DDP rebuilds its gradient buckets after its first
     # backward pass, which changes the order of sums; as it is done here, a resumed run sums in the
     # order of an uninterrupted one.
+    zeros = torch.zeros(batch_size, block_size, dtype=torch.long, device=rt.device)
+    if rt.device.type == "cpu":
+        announce_duration(zeros)
     if rt.compile:
         progress.print("compiling, which takes about a minute")
-    zeros = torch.zeros(batch_size, block_size, dtype=torch.long, device=rt.device)
-    for _ in range(1 + rt.compile):  # the first also compiles
-        stopwatch.start()
-        forward_backward(zeros, zeros, sync=True)
-        step_s = sum(stopwatch.read().values()) * len(micro_steps) / 1e3
+    stopwatch.start()
+    forward_backward(zeros, zeros, sync=True)
+    stopwatch.read()
     opt.zero_grad(set_to_none=True)
     weights_are_finite()
-    if rt.device.type == "cpu":
-        run_s = step_s * max(0, max_iters - iter_num)
-        progress.print(f"a step takes about {step_s:.2g} s, all steps {duration(run_s)}")
-        if run_s > 86400:
-            progress.print("this is a run for a GPU; a smaller one: config/train_text_cpu.py")
     if rt.is_main:
         check_loggers(config)
         n_numbered = max(0, max_iters // keep_every - iter_num // keep_every) if keep_every else 0
