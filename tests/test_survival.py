@@ -132,14 +132,14 @@ def test_a_second_ctrl_c_ends_a_run_in_the_middle_of_a_step(train, tmp_path):
 if training and step == 5:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(1)
-    print("the micro-batch goes on", flush=True)
+    print("the micro-batch continues", flush=True)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
     print("not reached", flush=True)
 """)
     assert done.stderr == ("\nstopping after this micro-batch, then saving; again to stop at once\n"
                            "error: stopped by Ctrl-C\n")
-    assert done.stdout.endswith("\nthe micro-batch goes on\n")
+    assert done.stdout.endswith("\nthe micro-batch continues\n")
     assert saved_steps(tmp_path) == {"ckpt_00000004.pt": 4}
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -244,7 +244,7 @@ def test_a_disk_too_small_for_the_checkpoints_to_come_is_refused_before_the_firs
 
 def test_a_text_dataset_of_which_a_file_cannot_be_written_stays_as_it_was(text_dataset, tmp_path):
     before = snapshot(copy(text_dataset, tmp_path))
-    # A folder that stands in the way of the temporary file.
+    # A folder that has the name of the temporary file.
     (tmp_path / f"val.bin.{socket.gethostname()}.{os.getpid()}.tmp").mkdir()
     meta = CharTokenizer.meta_of("other letters")
     with pytest.raises(UserError, match="cannot write .*val.bin"):
