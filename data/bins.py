@@ -7,6 +7,7 @@ state of a random number generator, and all processes can draw the same batch.
 import json
 import os
 import pickle
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # already renamed, or never created
             temporary.unlink()
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Free space of the disk where a folder is, or will be when it is made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
 def write_bin(path: Path, ids: np.ndarray | list[int]) -> None:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -13,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from configurator import UserError
-from data.bins import dataset_writer, remove_stale
+from data.bins import dataset_writer, free_disk_bytes, remove_stale
 from data.documents import Document
 from data.tokenizer import get_tokenizer
 
@@ -35,8 +34,7 @@ def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict
     load_tokenizer(meta)  # downloads GPT-2's BPE files, once for all workers
     remove_stale(folder)
     try:
-        disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        free_bytes = shutil.disk_usage(disk).free
+        free_bytes = free_disk_bytes(folder)
         if disk_bytes > free_bytes:
             raise UserError(f"{folder} has {free_bytes / 1e6:,.1f} MB free, but about "
                             f"{disk_bytes / 1e6:,.1f} MB are needed: {advice}")

@@ -2,13 +2,13 @@
 
 import errno
 import os
-import shutil
 import socket
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from configurator import UserError
+from data.bins import free_disk_bytes
 from engine.checkpoint import BEST, LATEST, NUMBERED, latest
 from model import GPT
 
@@ -59,8 +59,7 @@ def _check_disk_space(folder: Path, is_new: bool, model: GPT, n_numbered: int) -
     size = 3 * sum(p.numel() * p.element_size() for p in model.parameters()) + 2**20
     replaced = 0 if is_new else sum((folder / name).exists() for name in (LATEST, BEST))
     count = n_numbered + 3 - replaced  # the third is the one being written
-    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(disk).free + sum(p.stat().st_size for p in _temporary_files(folder))
+    free = free_disk_bytes(folder) + sum(p.stat().st_size for p in _temporary_files(folder))
     if free < count * size:
         raise UserError(f"out_dir = {str(folder)!r} needs {count * size / 1e6:,.0f} MB for {count} "
                         f"checkpoints of {size / 1e6:,.1f} MB, but its disk has "
