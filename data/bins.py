@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 
 from configurator import ROOT, UserError, nearest
-from data.tokenizer import Tokenizer, tokenizer_name
+from data.tokenizer import tokenizer_name
 
 Item = TypeVar("Item")
 DTYPE = np.dtype("<u2")
@@ -59,14 +59,6 @@ def free_disk_bytes(folder: Path) -> int:
     """Free space of the disk where a folder is, or will be when it is made."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
-
-
-def write_bin(path: Path, ids: np.ndarray | list[int]) -> None:
-    """Write token ids (each 0 <= id < 65536) as a token file."""
-    ids = np.asarray(ids, dtype=np.int64)
-    assert ((ids >= 0) & (ids < 2**16)).all(), f"{path}: ids from {ids.min()} to {ids.max()}"
-    with atomic_write(path) as file:
-        file.write(ids.astype(DTYPE).tobytes())
 
 
 @contextmanager
@@ -123,58 +115,6 @@ def val_bytes(folder: Path) -> int | None:
         return counts["val_bytes"] if current else None  # else another program wrote val.bin
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def read_input(path: Path, url: str | None) -> str:
-    """The text in the file `path`, which is downloaded from `url` if it does not exist.
-
-    Raises UserError if that fails, or the text is too short or not UTF-8; no file is written then.
-    """
-    try:
-        missing = not path.exists()
-        content = _download(path, url) if missing else path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    source = f"the file at {url}" if missing else path
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 at byte {error.start}: put a text to train on in "
-                        f"{path}") from None
-    if len(text) < 10:
-        raise UserError(f"{source} holds {len(text)} characters: put a text to train on in {path}")
-    if missing:
-        with atomic_write(path) as file:
-            file.write(content)
-    return text
-
-
-def _download(path: Path, url: str | None) -> bytes:
-    if url is None:
-        raise UserError(f"no {path}, and only the script in its own folder downloads it: for "
-                        f"another text, use python data/text/prepare.py --input=... --name=...")
-    import requests
-    print(f"downloading {url}")
-    try:
-        response = requests.get(url, timeout=60)
-        response.raise_for_status()
-    except requests.RequestException as error:
-        raise UserError(f"cannot download {url} ({type(error).__name__}): "
-                        f"download it yourself to {path} and run this again") from None
-    return response.content
-
-
-def write_text_dataset(folder: Path, text: str, tokenizer: Tokenizer, meta: dict | None = None,
-                       ) -> None:
-    """Write the first 90 % of a text's characters as train.bin, the rest as val.bin, and `meta`,
-    a character vocabulary, as meta.pkl: all or, if one cannot be written, none."""
-    remove_stale(folder)
-    cut = int(0.9 * len(text))
-    print(f"{len(text):,} characters, {len(set(text))} distinct")
-    with dataset_writer(folder, meta) as write:
-        for split, part in (("train", text[:cut]), ("val", text[cut:])):
-            ids = np.array(tokenizer.encode(part), dtype=DTYPE)
-            write(split, ids.tobytes(), len(part.encode()))
 
 
 def open_bin(path: Path, block_size: int) -> np.memmap:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from configurator import UserError, check_choice
+from data.bins import atomic_write
 from data.tokenizer import END_OF_TEXT
 
 ENDINGS = [".parquet", ".jsonl", ".txt", ".md"]  # and each of them with .gz
@@ -177,6 +178,31 @@ def hub_documents(rows: Iterable[dict]) -> Iterator[Document]:
     except Exception as error:  # OSError, or the HTTP client's own classes
         raise UserError(f"the Hugging Face hub stopped answering ({first_line(error)}): "
                         f"nothing was written, run this again") from None
+
+
+def read_text(path: Path, url: str | None) -> str:
+    """The text in a file, which is downloaded from `url` if it does not exist.
+
+    Raises UserError if that fails, or if it is too short or not UTF-8.
+    """
+    if not path.exists():
+        if url is None:
+            raise UserError(f"no {path}, and only the script in its own folder downloads it: for "
+                            f"another text, use python data/text/prepare.py --input=... --name=...")
+        import requests
+        print(f"downloading {url}")
+        try:
+            response = requests.get(url, timeout=60)
+            response.raise_for_status()
+        except requests.RequestException as error:
+            raise UserError(f"cannot download {url} ({type(error).__name__}): download it yourself "
+                            f"to {path} and run this again") from None
+        with atomic_write(path) as file:
+            file.write(response.content)
+    text = "".join(document.text() for document in local_documents([path]))
+    if len(text) < 10:
+        raise UserError(f"{path} holds {len(text)} characters: put a text to train on there")
+    return text
 
 
 def first_line(error: Exception) -> str:

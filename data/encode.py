@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import numpy as np
+
 from configurator import UserError
 from data.bins import dataset_writer, free_disk_bytes, remove_stale
 from data.documents import Document
@@ -23,12 +25,12 @@ LabeledDocument = tuple[Document, bool]  # and whether it is held out
 
 def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict | None,
                   n_bytes: int | None, num_proc: int | None, disk_bytes: int,
-                  one_text: bool = False, advice: str = "choose another name") -> None:
+                  one_text: bool = False) -> None:
     """Write documents as a dataset: all its files, or none. Raises UserError.
 
     meta: of the tokenizer. n_bytes: of text, if known. num_proc: worker processes; None: one per
     core. disk_bytes: estimated size of the files. one_text: the documents are the parts of a
-    text, with nothing between them. advice: what to do if the folder cannot be used.
+    text, with nothing between them.
     """
     from tqdm import tqdm
     load_tokenizer(meta)  # downloads GPT-2's BPE files, once for all workers
@@ -37,11 +39,12 @@ def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict
         free_bytes = free_disk_bytes(folder)
         if disk_bytes > free_bytes:
             raise UserError(f"{folder} has {free_bytes / 1e6:,.1f} MB free, but about "
-                            f"{disk_bytes / 1e6:,.1f} MB are needed: {advice}")
+                            f"{disk_bytes / 1e6:,.1f} MB are needed: choose another folder")
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; {advice}") from None
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another "
+                        f"folder") from None
 
     n_workers = num_proc or os.cpu_count()
     if n_bytes is not None and n_bytes <= SMALL:
@@ -70,6 +73,18 @@ def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict
         pool.shutdown(cancel_futures=True)
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def write_text_dataset(folder: Path, text: str, meta: dict | None = None) -> None:
+    """Write a text as a dataset: the first 90 % of its characters as train.bin, the rest as
+    val.bin. meta: of the tokenizer; None for GPT-2's BPE. Raises UserError."""
+    cut, tokenizer = int(0.9 * len(text)), get_tokenizer(meta)
+    print(f"{len(text):,} characters, {len(set(text))} distinct")
+    remove_stale(folder)
+    with dataset_writer(folder, meta) as write:
+        for split, part in (("train", text[:cut]), ("val", text[cut:])):
+            ids = np.array(tokenizer.encode(part), dtype=np.uint16)
+            write(split, ids.tobytes(), len(part.encode()))
 
 
 def batches(documents: Iterable[LabeledDocument]) -> Iterator[list[LabeledDocument]]:

@@ -10,7 +10,6 @@ import json
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -21,22 +20,11 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_WORDS = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
-class Tokenizer(Protocol):
-    n_vocab: int  # ids are below this
-    default_prompt: str  # a text to start from
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text. Raises UserError naming a character that is not in the vocabulary."""
-
-    def encode_document(self, text: str) -> np.ndarray:
-        """Ids of a document's plain characters and, last, one that ends it, (N,) uint16."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids."""
-
-
 class CharTokenizer:
-    """One id per character; a newline ends a document."""
+    """One id per character; a newline ends a document.
+
+    Ids are below n_vocab. default_prompt: a text to start from.
+    """
 
     def __init__(self, meta: dict):
         self.stoi, self.itos, self.n_vocab = meta["stoi"], meta["itos"], meta["vocab_size"]
@@ -55,6 +43,7 @@ class CharTokenizer:
                 "stoi": {char: i for i, char in enumerate(chars)}}
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text. Raises UserError naming a character that is not in the vocabulary."""
         unknown = next((i for i, char in enumerate(text) if char not in self.stoi), None)
         if unknown is not None:
             raise UserError(f"character {unknown + 1} of the text, {text[unknown]!r}, is not among "
@@ -62,6 +51,7 @@ class CharTokenizer:
         return [self.stoi[char] for char in text]
 
     def encode_document(self, text: str) -> np.ndarray:
+        """Ids of a document's plain characters and, last, one that ends it, (N,) uint16."""
         return np.array(self.encode(f"{text}\n"), dtype=np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -69,7 +59,10 @@ class CharTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding by tiktoken: 50,257 ids, with <|endoftext|> as one token."""
+    """GPT-2's byte-pair encoding by tiktoken: 50,257 ids, with <|endoftext|> as one token.
+
+    Has the attributes and methods of CharTokenizer, and end_of_text, the id of that token.
+    """
 
     default_prompt = "\n"
 
@@ -143,7 +136,7 @@ def same_tokenizer(a: dict | None, b: dict | None) -> bool:
     return all((a or {}).get(key) == (b or {}).get(key) for key in ("stoi", "tokenizer_json"))
 
 
-def get_tokenizer(meta: dict | None) -> Tokenizer:
+def get_tokenizer(meta: dict | None) -> CharTokenizer | GPT2Tokenizer:
     """The tokenizer that a dataset or a checkpoint names."""
     if meta is None:
         return GPT2Tokenizer()

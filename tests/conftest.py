@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ torch.set_num_threads(1)  # several test files run at a time
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data.bins import write_text_dataset  # noqa: E402
+from data.encode import write_text_dataset  # noqa: E402
 from data.tokenizer import CharTokenizer  # noqa: E402
 
 # Warnings that our modules must not cause when the scripts run.
@@ -66,9 +67,14 @@ def text_dataset(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether"]
     text = " ".join(rng.choice(words, size=5000))[:20000]
-    meta = CharTokenizer.meta_of(text)
-    write_text_dataset(folder, text, CharTokenizer(meta), meta)
+    write_text_dataset(folder, text, CharTokenizer.meta_of(text))
     return folder
+
+
+def write_bin(path: Path, ids: Sequence[int]) -> None:
+    """Write ids as a token file."""
+    path.parent.mkdir(exist_ok=True)
+    np.array(ids, dtype="<u2").tofile(path)
 
 
 def run(*args: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:

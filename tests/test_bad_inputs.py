@@ -24,9 +24,9 @@ import pyarrow.parquet
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY, forked
+from conftest import ROOT, TINY, forked, write_bin
 
-from data.bins import write_bin, write_text_dataset
+from data.encode import write_text_dataset
 from data.tokenizer import CharTokenizer, GPT2Tokenizer
 
 # Valid commands; {folder} is the case's folder, in which they run.
@@ -273,7 +273,7 @@ CASES = {
         "documents --out_dir=tmp/documents", ["corpus/a.jsonl", "Permission denied"],
         {"corpus/a.jsonl": 0}),
     "a file as folder of a dataset": Case(
-        "documents --out_dir=prompt.txt", ["prompt.txt", "--out_dir="]),
+        "documents --out_dir=prompt.txt", ["prompt.txt", "another folder"]),
 }
 
 
@@ -291,8 +291,7 @@ def template(tmp_path_factory) -> Path:
     """A folder with all files that the valid commands need."""
     folder = tmp_path_factory.mktemp("template")
     text = "to be or not to be that is the question whether " * 20
-    meta = CharTokenizer.meta_of(text)
-    write_text_dataset(folder / "data", text, CharTokenizer(meta), meta)
+    write_text_dataset(folder / "data", text, CharTokenizer.meta_of(text))
     write_bin(folder / "bpe/train.bin", GPT2Tokenizer().encode(text))
     write_bin(folder / "bpe/val.bin", GPT2Tokenizer().encode(text))
     (folder / "prompt.txt").write_text("to be")

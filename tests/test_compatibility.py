@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import TINY, load, records, script
+from conftest import TINY, load, records, script, write_bin
 
 from data import bins
 from model import GPTConfig
@@ -82,7 +82,7 @@ def test_ten_steps_of_train_py_are_those_of_transformers_and_torch(tmp_path):
     rng = np.random.default_rng(0)
     ids = rng.integers(300, size=60)[np.cumsum(rng.integers(1, 4, size=5000)) % 60]
     for name in ("train", "val"):  # without a vocabulary: ids of GPT-2's BPE
-        bins.write_bin(tmp_path / f"{name}.bin", ids)
+        write_bin(tmp_path / f"{name}.bin", ids)
     model = classic_model(300, "gelu_new", n_positions=32)  # of which block_size = 16 remain
     state = {name: tensor.t() if "c_" in name and tensor.dim() == 2 else tensor
              for name, tensor in model.state_dict().items()}  # as GPT-2's files have them

@@ -553,7 +553,7 @@ def test_the_files_of_an_earlier_tokenizer_are_removed(repo):
     (["--input=a.txt", "--name="], ["''", "--name=mybook"]),
     (["--name=mine"], ["input = None", "--input=book.txt"]),
     (["--input=a.txt", "--name=shakespeare"], ["'shakespeare'", "another name"]),
-    (["--input=a.txt", "--name=bins.py"], ["bins.py", "File exists", "another name"]),
+    (["--input=a.txt", "--name=bins.py"], ["bins.py", "File exists", "another folder"]),
     *((["--input=a.txt", f"--tokenizer={name}"], [f"'{name}'", "char, gpt2, or bpe:N"])
       for name in ("bpe:0", "bpe:256", "bpe:70000", "bpe:", "bpe", "bpe:-5", "char:5", "")),
 ], ids=lambda value: " ".join(value) if value[0].startswith("--") else "")

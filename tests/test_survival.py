@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT, TINY, differences, forked, load, records, run, snapshot, unequal
 
 from configurator import UserError
-from data.bins import write_text_dataset
+from data.encode import write_text_dataset
 from data.tokenizer import CharTokenizer
 
 RUN = [*TINY, "--dropout=0.1", "--max_iters=24", "--lr_decay_iters=24", "--eval_interval=8",
@@ -246,9 +246,8 @@ def test_a_text_dataset_of_which_a_file_cannot_be_written_stays_as_it_was(text_d
     before = snapshot(copy(text_dataset, tmp_path))
     # A folder that has the name of the temporary file.
     (tmp_path / f"val.bin.{socket.gethostname()}.{os.getpid()}.tmp").mkdir()
-    meta = CharTokenizer.meta_of("other letters")
     with pytest.raises(UserError, match="cannot write .*val.bin"):
-        write_text_dataset(tmp_path, "other letters", CharTokenizer(meta), meta)
+        write_text_dataset(tmp_path, "other letters", CharTokenizer.meta_of("other letters"))
     assert snapshot(tmp_path) == before
 
 

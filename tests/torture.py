@@ -20,7 +20,7 @@ from conftest import ROOT, TINY, differences
 from tqdm import tqdm
 
 from configurator import UserError
-from data.bins import write_text_dataset
+from data.encode import write_text_dataset
 from data.tokenizer import CharTokenizer
 from engine import checkpoint
 
@@ -41,8 +41,7 @@ rng = random.Random(seed)
 temporary = tempfile.TemporaryDirectory(prefix="torture-")
 dataset, killed, whole = (Path(temporary.name) / name for name in ("dataset", "killed", "whole"))
 text = (ROOT / "model.py").read_text(encoding="utf-8")
-meta = CharTokenizer.meta_of(text)
-write_text_dataset(dataset, text, CharTokenizer(meta), meta)
+write_text_dataset(dataset, text, CharTokenizer.meta_of(text))
 
 
 def start(out_dir: Path, *args: str) -> subprocess.Popen:

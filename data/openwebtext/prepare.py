@@ -65,4 +65,4 @@ if __name__ == "__main__":  # worker processes import this file, too
     numbered = enumerate(sources.counted(documents, n_documents))
     write_dataset(Path(out_dir) if out_dir else HERE,
                   ((document, i in held_out) for i, document in numbered), None, n_bytes, num_proc,
-                  disk_bytes, advice="choose another with --out_dir=")
+                  disk_bytes)

@@ -13,12 +13,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import configure
-from data.bins import read_input, write_text_dataset
-from data.tokenizer import GPT2Tokenizer
+from data.documents import read_text
+from data.encode import write_text_dataset
 
 url = ("https://raw.githubusercontent.com/karpathy/char-rnn/"  # where input.txt comes from
        "master/data/tinyshakespeare/input.txt")
 configure(globals())
 
-text = read_input(HERE / "input.txt", url if HERE.name == "shakespeare" else None)
-write_text_dataset(HERE, text, GPT2Tokenizer())
+text = read_text(HERE / "input.txt", url if HERE.name == "shakespeare" else None)
+write_text_dataset(HERE, text)

@@ -13,13 +13,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import configure
-from data.bins import read_input, write_text_dataset
+from data.documents import read_text
+from data.encode import write_text_dataset
 from data.tokenizer import CharTokenizer
 
 url = ("https://raw.githubusercontent.com/karpathy/char-rnn/"  # where input.txt comes from
        "master/data/tinyshakespeare/input.txt")
 configure(globals())
 
-text = read_input(HERE / "input.txt", url if HERE.name == "shakespeare_char" else None)
-meta = CharTokenizer.meta_of(text)
-write_text_dataset(HERE, text, CharTokenizer(meta), meta)
+text = read_text(HERE / "input.txt", url if HERE.name == "shakespeare_char" else None)
+write_text_dataset(HERE, text, CharTokenizer.meta_of(text))

@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from configurator import UserError, configure
-from data.bins import write_text_dataset
+from data.encode import write_text_dataset
 from data.tokenizer import CharTokenizer
 
 EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -32,5 +32,4 @@ if not texts:
                     f"use a Python that has these files, or prepare another dataset")
 random.Random(2357).shuffle(texts)
 text = "\n".join(texts)
-meta = CharTokenizer.meta_of(text)
-write_text_dataset(HERE, text, CharTokenizer(meta), meta)
+write_text_dataset(HERE, text, CharTokenizer.meta_of(text))
