@@ -11,9 +11,12 @@ library is imported here, so that a mistyped setting is reported before torch is
 import builtins
 import difflib
 import errno
+import numbers
 import os
 import re
 import sys
+import time
+import traceback
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,8 +27,10 @@ from typing import TextIO
 ROOT = Path(__file__).resolve().parent
 TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text",
               NoneType: "None"}
+LARGEST = {int: 2**64 - 1, float: sys.float_info.max}
 WORDS = {"none": None, "true": True, "false": False}
 RENAMED = {"decay_fraction": "cooldown_frac"}  # settings of earlier versions
+PLAIN_TEXTS = {"start", "stop"}  # in the other texts, a leading ~ is the home folder
 
 
 class UserError(Exception):
@@ -52,6 +57,9 @@ def configure(settings: dict, argv: list[str] | None = None, also_accept: Path |
     and exit status 2, an uncaught RunError with one line and exit status 1.
     """
     sys.excepthook = _report_and_exit
+    if settings.get("__name__", "__main__") != "__main__":
+        raise UserError(f"{settings['__file__']} is a script: it is run, not imported")
+    _replace_closed_streams()
     with suppress(AttributeError):  # where stdout is not a stream of bytes
         sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows \\xe9 for é
     types = _types(settings)
@@ -71,6 +79,8 @@ def configure(settings: dict, argv: list[str] | None = None, also_accept: Path |
             _check_name(name, types, "setting")
             if not equals:
                 raise UserError(f"--{name} has no value: write --{name}={defaults[name]}")
+            if str in types[name] and name not in PLAIN_TEXTS:
+                text = os.path.expanduser(text)  # the shell does not, within --name=~/folder
             overrides[name] = _convert(name, _parse(text, types[name]), types[name])
         else:
             found = _run_config(arg, defaults | overrides, ignored)
@@ -96,6 +106,23 @@ def print0(*values: object, file: TextIO | None = None) -> None:
 def _discard_output() -> None:
     """Send what stdout still holds, and all to come, to the null device."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _replace_closed_streams() -> None:
+    """Open the null device for standard streams that are closed, as after `2>&-`: else another file
+    gets their number, and the errors that C code prints."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = open(os.devnull, "r+")  # noqa: SIM115
+            os.dup2(null.fileno(), number)
+            setattr(sys, name, null)
+
+
+def regular_file(path: Path) -> Path:
+    """The same path. Raises OSError if it is a folder, or a pipe that would be waited for."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path
 
 
 def check(settings: dict, *rules: str) -> None:
@@ -161,12 +188,12 @@ def _run_config(arg: str, current: dict, ignored: dict) -> dict:
     # Current settings are visible as builtins, so that the namespace holds only assignments.
     namespace = {"__builtins__": vars(builtins) | current, "__file__": str(path)}
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), namespace)
+        exec(compile(regular_file(path).read_bytes(), str(path), "exec"), namespace)
     except OSError as error:
         raise UserError(f"cannot read config file {path}: {error.strerror}") from None
-    except (Exception, SystemExit) as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"config file {path} failed with {message}") from None
+    except BaseException as error:  # GeneratorExit and SystemExit, too
+        message = " ".join(traceback.format_exception_only(error)[-1].split())
+        raise UserError(f"config file {path} failed with {message:.500}") from None
     return {name: value for name, value in namespace.items() if name in current or not (
         name.startswith("_") or name in ignored or callable(value)
         or isinstance(value, ModuleType))}
@@ -200,23 +227,30 @@ def _parse(text: str, types: tuple[type, ...]) -> object:
 
 
 def _convert(name: str, value: object, types: tuple[type, ...]) -> object:
-    """A value as one of a setting's types: int becomes float, 0 and 1 bool, 6e5 int."""
+    """A value as one of a setting's types: int becomes float, 0 and 1 bool, 6e5 int; a number of
+    numpy becomes one of Python."""
+    given = value
+    if type(value) not in TYPE_NAMES and isinstance(value, numbers.Real):
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if type(value) is int and float in types and abs(value) <= LARGEST[float]:
+        value = float(value)
+    elif type(value) is int and bool in types and value in (0, 1):
+        value = bool(value)
+    elif type(value) is float and int in types and value.is_integer():
+        value = int(value)
     kind = type(value)
-    if kind not in (int, float) or abs(value) <= sys.float_info.max:  # not inf, nan or 10**400
-        if kind in types:
-            return value
-        if kind is int and float in types:
-            return float(value)
-        if kind is int and bool in types and value in (0, 1):
-            return bool(value)
-        if kind is float and int in types and value.is_integer():
-            return int(value)
+    if kind in types and (abs(value) <= LARGEST[kind] if kind in LARGEST else  # no nan
+                          kind is not str or ("\0" not in value
+                                              and value == value.encode(errors="ignore").decode())):
+        return value
     try:
-        found = " ".join(repr(value).split())
+        found = " ".join(f"{given!r:.200}".split())
     except ValueError:  # Python refuses to print an int of thousands of digits
         found = "a number of very many digits"
     expected = " or ".join(TYPE_NAMES[t] for t in types)
-    raise UserError(f"{name} = {found} is {kind.__name__}: expected {expected}")
+    if kind in types:
+        expected += {int: " below 2**64", str: " in UTF-8"}.get(kind, "")
+    raise UserError(f"{name} = {found} is {type(given).__name__}: expected {expected}")
 
 
 def _assignments(path: str | Path) -> dict[str, str]:
@@ -250,6 +284,8 @@ def _report_and_exit(kind: type, error: BaseException, trace: TracebackType) -> 
         sys.stdout.flush()
     except OSError:  # discard the output, so that Python's own flush at the end cannot fail
         _discard_output()
+    if message and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(1)  # if rank 0 has the same error, torchrun ends this process meanwhile
     if message:
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(status)

@@ -5,10 +5,13 @@ state of a random number generator, and all processes can draw the same batch.
 """
 
 import json
+import operator
 import os
 import pickle
 import shutil
+import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,18 +20,19 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from configurator import ROOT, UserError, nearest
+from configurator import ROOT, UserError, nearest, regular_file
 from data.tokenizer import tokenizer_name
 
 Item = TypeVar("Item")
 DTYPE = np.dtype("<u2")
 IGNORE = -1  # a target that the loss ignores
+COUNTS = ("train_tokens", "train_bytes", "val_tokens", "val_bytes")  # in dataset.json
 MAX_CHECKED = 2**26  # number of tokens that `check_vocabulary` reads
 
 
 def dataset_folder(dataset: str) -> Path:
     """The folder data/<dataset>, or any folder given by its absolute path."""
-    return ROOT / "data" / dataset
+    return ROOT / "data" / dataset.removeprefix("data/")
 
 
 @contextmanager
@@ -41,7 +45,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        regular_file(path).parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
@@ -67,31 +71,46 @@ def dataset_writer(folder: Path, meta: dict | None) -> Iterator[Callable[[str, b
 
     Yields write(split, ids, n_bytes), which adds ids (uint16) of that many bytes of text to
     train.bin or val.bin. meta: of the tokenizer, as `get_tokenizer` takes it; it is written as
-    meta.pkl or tokenizer.json. The counts are written as dataset.json.
+    meta.pkl or tokenizer.json. The counts are written as dataset.json, which is renamed first, so
+    that `open_bin` notices if the process is killed before the last file is.
+    Raises UserError, also if another process writes a dataset in the folder.
     """
-    counts = {"train_tokens": 0, "train_bytes": 0, "val_tokens": 0, "val_bytes": 0}
-    with ExitStack() as stack:
-        kind = tokenizer_name(meta)
-        extra = {"char": ["meta.pkl"], "bpe": ["tokenizer.json"]}.get(kind, [])
-        files = {name: stack.enter_context(atomic_write(folder / name))
-                 for name in ("train.bin", "val.bin", "dataset.json", *extra)}
+    for number in filter(None, (signal.SIGTERM, getattr(signal, "SIGHUP", None))):  # not on Windows
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    remove_stale(folder)
+    counts = dict.fromkeys(COUNTS, 0)
+    kind = tokenizer_name(meta)
+    extra = {"char": ["meta.pkl"], "bpe": ["tokenizer.json"]}.get(kind, [])
+    earlier = {folder / "meta.pkl", folder / "tokenizer.json"} - {folder / name for name in extra}
+    for path in earlier:
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot remove {path}: it is no regular file")
+    with atomic_write(folder / "train.bin") as train, atomic_write(folder / "val.bin") as val:
+        others = {path.name for path in folder.glob("train.bin.*.tmp")} - {Path(train.name).name}
+        if others:
+            raise UserError(f"another process writes to {folder}: wait for its end, or remove "
+                            f"{others.pop()} if there is none")
+        with ExitStack() as stack:
+            small = {name: stack.enter_context(atomic_write(folder / name))
+                     for name in (*extra, "dataset.json")}
 
-        def write(split: str, ids: bytes, n_bytes: int) -> None:
-            files[f"{split}.bin"].write(ids)
-            counts[f"{split}_tokens"] += len(ids) // 2
-            counts[f"{split}_bytes"] += n_bytes
+            def write(split: str, ids: bytes, n_bytes: int) -> None:
+                (train if split == "train" else val).write(ids)
+                counts[f"{split}_tokens"] += len(ids) // 2
+                counts[f"{split}_bytes"] += n_bytes
 
-        yield write
-        files["dataset.json"].write(json.dumps({"tokenizer": kind} | counts).encode())
-        if kind == "char":
-            pickle.dump(meta, files["meta.pkl"])
-        elif kind == "bpe":
-            files["tokenizer.json"].write(meta["tokenizer_json"].encode())
-        for file in files.values():  # what a full disk refuses, it refuses before any is renamed
-            file.flush()
-            os.fsync(file.fileno())
-    for name in {"meta.pkl", "tokenizer.json"} - files.keys():  # of an earlier tokenizer
-        (folder / name).unlink(missing_ok=True)
+            yield write
+            small["dataset.json"].write(json.dumps({"tokenizer": kind} | counts).encode())
+            if kind == "char":
+                pickle.dump(meta, small["meta.pkl"])
+            elif kind == "bpe":
+                small["tokenizer.json"].write(meta["tokenizer_json"].encode())
+            for file in (train, val, *small.values()):  # a full disk refuses before any is renamed
+                file.flush()
+                os.fsync(file.fileno())
+        for path in earlier:  # of another tokenizer
+            path.unlink(missing_ok=True)
     for split in ("train", "val"):
         print(f"{folder / split}.bin: {counts[f'{split}_tokens']:,} tokens")
 
@@ -106,21 +125,23 @@ def remove_stale(folder: Path) -> None:
                 path.unlink()
 
 
-def val_bytes(folder: Path) -> int | None:
-    """Bytes of UTF-8 text that val.bin in a dataset's folder encodes, end-of-text tokens left out,
-    as recorded when it was prepared; None if unknown."""
+def dataset_counts(folder: Path) -> dict[str, int]:
+    """The numbers COUNTS of a dataset, as recorded when it was prepared; empty if they were not.
+
+    Bytes are of text in UTF-8, without end-of-text tokens.
+    """
     try:
-        counts = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        current = counts["val_tokens"] == (folder / "val.bin").stat().st_size // 2
-        return counts["val_bytes"] if current else None  # else another program wrote val.bin
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        recorded = json.loads(regular_file(folder / "dataset.json").read_text(encoding="utf-8"))
+        return {name: operator.index(recorded[name]) for name in COUNTS}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def open_bin(path: Path, block_size: int) -> np.memmap:
     """Memory-map a token file, (N,) uint16.
 
-    Raises UserError if it is missing, of odd size, or too short for one block and its targets.
+    Raises UserError if it is missing, too short for one block and its targets, or of another size
+    than was recorded.
     """
     try:
         if not path.is_file():
@@ -133,6 +154,11 @@ def open_bin(path: Path, block_size: int) -> np.memmap:
             raise UserError(f"{path} has {size:,} bytes: expected 2 for each of more than "
                             f"block_size = {block_size} tokens; prepare it again, or choose a "
                             f"smaller block_size")
+        recorded = dataset_counts(path.parent).get(f"{path.stem}_tokens", size // 2)
+        if recorded != size // 2:
+            raise UserError(f"{path} has {size // 2:,} tokens, but {recorded:,} were recorded in "
+                            f"dataset.json: it was cut short or replaced; prepare the dataset "
+                            f"again, or remove dataset.json if this file is right")
         return np.memmap(path, dtype=DTYPE, mode="r")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from configurator import UserError, check_choice
+from configurator import UserError, check_choice, regular_file
 from data.bins import atomic_write
 from data.tokenizer import END_OF_TEXT
 
@@ -79,7 +79,7 @@ def standard_input() -> bytes:
 def open_file(path: Path) -> BinaryIO:
     if path == STANDARD_INPUT:
         return io.BytesIO(standard_input())
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+    return (gzip.open if path.suffix == ".gz" else open)(regular_file(path), "rb")
 
 
 def local_documents(paths: Iterable[Path]) -> Iterator[Document]:

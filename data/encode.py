@@ -28,9 +28,9 @@ def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict
                   one_text: bool = False) -> None:
     """Write documents as a dataset: all its files, or none. Raises UserError.
 
-    meta: of the tokenizer. n_bytes: of text, if known. num_proc: worker processes; None: one per
-    core. disk_bytes: estimated size of the files. one_text: the documents are the parts of a
-    text, with nothing between them.
+    meta: of the tokenizer. n_bytes: of text, if known. num_proc: worker processes, at most 61;
+    None: one per core. disk_bytes: estimated size of the files. one_text: the documents are the
+    parts of a text, with nothing between them.
     """
     from tqdm import tqdm
     load_tokenizer(meta)  # downloads GPT-2's BPE files, once for all workers
@@ -46,7 +46,7 @@ def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another "
                         f"folder") from None
 
-    n_workers = num_proc or os.cpu_count()
+    n_workers = min(num_proc or os.cpu_count(), 61)  # as many as Windows can wait for
     if n_bytes is not None and n_bytes <= SMALL:
         pool = ThreadPoolExecutor(1)
     else:
@@ -80,7 +80,6 @@ def write_text_dataset(folder: Path, text: str, meta: dict | None = None) -> Non
     val.bin. meta: of the tokenizer; None for GPT-2's BPE. Raises UserError."""
     cut, tokenizer = int(0.9 * len(text)), get_tokenizer(meta)
     print(f"{len(text):,} characters, {len(set(text))} distinct")
-    remove_stale(folder)
     with dataset_writer(folder, meta) as write:
         for split, part in (("train", text[:cut]), ("val", text[cut:])):
             ids = np.array(tokenizer.encode(part), dtype=np.uint16)

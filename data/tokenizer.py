@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, regular_file
 
 END_OF_TEXT = "<|endoftext|>"
 # What GPT-2 splits a text into before it merges bytes: words, numbers and signs with their space.
@@ -72,9 +72,10 @@ class GPT2Tokenizer:
             self.bpe = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:  # no network, or a proxy's page instead of the file
             raise UserError(
-                f"cannot download GPT-2's BPE files ({type(error).__name__}): once, on a machine "
-                f"with a network, run python -c \"import tiktoken; tiktoken.get_encoding('gpt2')\" "
-                f"with TIKTOKEN_CACHE_DIR=some-folder, copy the folder here and set the variable"
+                f"GPT-2's BPE files are not whole in tiktoken's cache, and cannot be downloaded "
+                f"({type(error).__name__}): once, on a machine with a network, run python -c "
+                f"\"import tiktoken; tiktoken.get_encoding('gpt2')\" with "
+                f"TIKTOKEN_CACHE_DIR=some-folder, copy the folder here and set the variable"
             ) from None
         self.n_vocab, self.end_of_text = self.bpe.n_vocab, self.bpe.eot_token
 
@@ -160,10 +161,10 @@ def load_meta(folder: Path) -> dict | None:
         if trained.exists():
             if path.exists():
                 raise ValueError(f"{trained.name} is there, too")
-            path, text = trained, trained.read_text(encoding="utf-8")
+            path, text = trained, regular_file(trained).read_text(encoding="utf-8")
             meta = {"vocab_size": len(json.loads(text)["model"]["vocab"]), "tokenizer_json": text}
         else:
-            with open(path, "rb") as file:
+            with open(regular_file(path), "rb") as file:
                 meta = PlainUnpickler(file).load()
     except FileNotFoundError:
         return None

@@ -12,7 +12,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_bin
+from conftest import ROOT, snapshot, write_bin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +22,7 @@ from data.bins import (
     IGNORE,
     atomic_write,
     check_vocabulary,
+    dataset_counts,
     dataset_folder,
     get_batch,
     open_bin,
@@ -29,7 +30,6 @@ from data.bins import (
     random_offsets,
     remove_stale,
     sequential_offsets,
-    val_bytes,
 )
 from data.documents import read_text
 from data.encode import write_text_dataset
@@ -309,18 +309,74 @@ def test_a_character_dataset_is_the_first_90_percent_the_rest_and_the_vocabulary
     tokenizer = CharTokenizer(meta)
     assert tokenizer.decode(train) + tokenizer.decode(val) == text
     assert pickle.loads((tmp_path / "meta.pkl").read_bytes()) == meta
-    assert val_bytes(tmp_path) == len(text[len(train):].encode()) > len(val)
+    parts = [text[:len(train)], text[len(train):]]
+    assert dataset_counts(tmp_path) == {
+        "train_tokens": len(parts[0]), "train_bytes": len(parts[0].encode()),
+        "val_tokens": len(parts[1]), "val_bytes": len(parts[1].encode())}
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"{}", b'{"val_tokens": 5}',
-                                     b'{"val_tokens": 4, "val_bytes": 9}'])
-def test_the_bytes_of_a_val_bin_are_unknown_if_not_recorded_with_it(tmp_path, content):
-    write_bin(tmp_path / "val.bin", range(5))
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"{}", b"[" * 10**5, b"5", b"\xff",
+                                     b'{"train_tokens": 9, "val_tokens": "5"}'])
+def test_the_counts_of_a_dataset_are_unknown_if_not_recorded_with_it(tmp_path, content):
     if content is not None:
         (tmp_path / "dataset.json").write_bytes(content)
-    assert val_bytes(tmp_path) is None
-    (tmp_path / "dataset.json").write_bytes(b'{"val_tokens": 5, "val_bytes": 9}')
-    assert val_bytes(tmp_path) == 9
+    assert dataset_counts(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin"])
+@pytest.mark.parametrize("change", [-2, 2])
+def test_a_token_file_that_was_cut_or_replaced_is_refused(tmp_path, name, change):
+    write_text_dataset(tmp_path, 10 * TEXT, CharTokenizer.meta_of(TEXT))
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes((content + bytes(2))[:len(content) + change])
+    expected = rf"{name} has .* tokens, but {len(content) // 2} were recorded in dataset\.json"
+    with pytest.raises(UserError, match=expected):
+        open_bin(tmp_path / name, block_size=8)
+    (tmp_path / "dataset.json").unlink()
+    assert len(open_bin(tmp_path / name, block_size=8)) == (len(content) + change) // 2
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.pkl", "dataset.json",
+                                  "tokenizer.json"])
+def test_what_is_no_regular_file_is_found_before_anything_is_written(tmp_path, name):
+    write_text_dataset(tmp_path, 10 * TEXT, CharTokenizer.meta_of(TEXT))
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match=rf"{name}.* no regular file"):
+        write_text_dataset(tmp_path, 5 * TEXT, CharTokenizer.meta_of(TEXT))
+    assert snapshot(tmp_path) == before
+
+
+def test_a_second_process_that_writes_the_same_dataset_is_refused(tmp_path):
+    write_text_dataset(tmp_path, 10 * TEXT, CharTokenizer.meta_of(TEXT))
+    before = snapshot(tmp_path)
+    other = tmp_path / "train.bin.elsewhere.7.tmp"
+    other.touch()
+    with pytest.raises(UserError, match=f"another process writes to {tmp_path}.*{other.name}"):
+        write_text_dataset(tmp_path, 5 * TEXT, CharTokenizer.meta_of(TEXT))
+    other.unlink()
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("fails_at", range(1, 4))
+def test_a_dataset_that_a_killed_process_left_half_renamed_is_refused(
+        tmp_path, monkeypatch, fails_at):
+    write_text_dataset(tmp_path, 10 * TEXT, CharTokenizer.meta_of(TEXT))
+    calls, replace = [], os.replace
+
+    def kill(*args: object) -> None:
+        calls.append(args)
+        if len(calls) > fails_at:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        write_text_dataset(tmp_path, 5 * TEXT, CharTokenizer.meta_of(TEXT))
+    with pytest.raises(UserError, match="were recorded in dataset.json"):
+        for name in ("train.bin", "val.bin"):
+            open_bin(tmp_path / name, block_size=8)
 
 
 # -------------------------------------------------------------------------------------- prefetching

@@ -24,7 +24,7 @@ from conftest import ROOT, run
 
 from configurator import UserError
 from data import encode
-from data.bins import val_bytes
+from data.bins import dataset_counts
 from data.documents import (
     Document,
     find_files,
@@ -479,11 +479,12 @@ def test_a_mixed_folder_is_split_by_document(repo, tokenizer):
     config = "fast_shakespeare_char_cpu" if tokenizer == "char" else "train_text_cpu"
     assert printed.endswith(
         f"python train.py config/{config}.py --dataset=mine --out_dir=out-mine\n")
-    assert val_bytes(repo / "data/mine") == sum(len(text.encode()) for text in held_out)
+    counts = dataset_counts(repo / "data/mine")
+    assert counts["val_bytes"] == sum(len(text.encode()) for text in held_out)
     assert json.loads((repo / "data/mine/dataset.json").read_text()) == {
         "tokenizer": tokenizer.partition(":")[0], "train_tokens": len(train),
-        "val_tokens": len(val), "val_bytes": val_bytes(repo / "data/mine"),
-        "train_bytes": n_bytes - val_bytes(repo / "data/mine")}
+        "val_tokens": len(val), "val_bytes": counts["val_bytes"],
+        "train_bytes": n_bytes - counts["val_bytes"]}
 
 
 @EACH_TOKENIZER
@@ -493,7 +494,7 @@ def test_one_text_is_split_by_position_and_decodes_to_itself(repo, tokenizer):
     train, val, _ = prepared(repo, "--input=book.md", f"--tokenizer={tokenizer}")
     encoder = get_tokenizer(load_meta(repo / "data/mine"))
     assert encoder.decode(train) + encoder.decode(val) == text
-    assert val_bytes(repo / "data/mine") == pytest.approx(100_000, abs=4)
+    assert dataset_counts(repo / "data/mine")["val_bytes"] == pytest.approx(100_000, abs=4)
     before = [train, val]
     for args in (["--input=-"], ["--input=bo*.md"]):
         found = prepared(repo, f"--tokenizer={tokenizer}", *args, stdin=text)

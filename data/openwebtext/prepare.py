@@ -26,7 +26,7 @@ input: str | None = None  # a file, a folder, or a glob of them; None: the hub
 out_dir: str | None = None  # folder of train.bin and val.bin; None: the folder of this file
 val_fraction = 0.0005  # fraction of the documents that is held out
 seed = 2357  # of the choice of these documents
-num_proc: int | None = None  # worker processes; None: one per core
+num_proc: int | None = None  # worker processes, at most 61; None: one per core
 
 REPOSITORY = "Skylion007/openwebtext"
 REPOSITORY_DOCUMENTS = 8_013_769
@@ -44,7 +44,8 @@ def choose_held_out(n_documents: int, val_fraction: float, seed: int) -> set[int
 
 if __name__ == "__main__":  # worker processes import this file, too
     configure(globals())
-    check(globals(), "0 < val_fraction < 1", "seed >= 0", "num_proc is None or num_proc > 0")
+    check(globals(), "0 < val_fraction < 1", "seed >= 0", "num_proc is None or num_proc > 0",
+          "input != ''", "out_dir != ''")
     if input:
         paths = sources.find_files(input)
         sizes = [len(document.content) for document in sources.local_documents(paths)]

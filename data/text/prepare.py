@@ -32,7 +32,7 @@ input: str | None = None  # files, folders or globs, with commas between them; -
 name: str | None = None  # of the dataset, as for train.py --dataset=
 tokenizer: str | None = None  # char | gpt2 | bpe:8000 (trained on the text); None: by size
 seed = 2357  # of the choice of the documents that are held out
-num_proc: int | None = None  # worker processes; None: one per core
+num_proc: int | None = None  # worker processes, at most 61; None: one per core
 
 CHAR_BYTES, CHARS = 20_000_000, 500  # up to these sizes, the default is char
 BLOCK = 1024 + 1  # tokens: the inputs of a block and its last target
