@@ -66,8 +66,9 @@ gradient_accumulation_steps = 5 * 8  # micro-batches per step, likewise
 
 config, _ = configure(globals(), also_accept=ROOT / "train.py")
 check(globals(), "rounds is None or rounds >= 1", "json != ''", "1 <= input_mb <= 10**5",
-      "batch_size is None or batch_size >= 1", "block_size >= 1", "n_layer >= 1", "n_head >= 1",
-      "n_embd >= 1", "0 <= dropout < 1", "num_samples >= 1", "new_tokens >= 1", "top_k >= 1",
+      "batch_size is None or batch_size >= 1", "1 <= block_size <= 10**9", "1 <= n_layer <= 10**4",
+      "n_head >= 1", "1 <= n_embd <= 10**6", "0 <= dropout < 1", "num_samples >= 1",
+      "new_tokens >= 1", "num_samples * new_tokens <= 10**8", "top_k >= 1",
       "0 <= seed < 2**64", "gradient_accumulation_steps >= 1", "max_iters >= 1",
       "n_gpus >= 1", "0 < mfu <= 1", "gpu_memory_gb is None or gpu_memory_gb > 0",
       "usd_per_gpu_hour is None or usd_per_gpu_hour >= 0",
@@ -84,6 +85,7 @@ if json and (os.path.isdir(json) or not os.path.isdir(os.path.dirname(os.path.ab
 if peer == "transformers" and not find_spec("transformers"):
     raise UserError("peer = 'transformers' needs it: pip install -r requirements-dev.txt")
 
+import errno
 import itertools
 import platform
 import subprocess
@@ -143,7 +145,10 @@ meta = load_meta(path.parent) if has_data else None  # None for GPT-2 BPE
 vocab_size = meta["vocab_size"] if meta else 50304  # 50,257, padded to a multiple of 64
 torch.manual_seed(seed)
 with user_errors(), torch.device("meta" if mode == "plan" else "cpu"):
-    model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)}))
+    model_config = GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)})
+    if mode != "plan":
+        runtime.check_memory(model_config, (batch_size or 1) * block_size, device)
+    model = GPT(model_config)
 if mode == "plan":
     record("plan", **plan(model, gpu, n_gpus, gpu_memory_gb, dtype, optimizer, batch_size or 12,
                           gradient_accumulation_steps, max_iters, mfu, usd_per_gpu_hour))
@@ -324,11 +329,14 @@ if "train" in modes:
            mfu=model.estimate_mfu(batch_size, dt, rt.peak_flops()),
            peak_memory_gb=memory and memory / 1e9, **compare(seconds))
     if profile:
-        handler = torch.profiler.tensorboard_trace_handler("bench_trace")
-        with torch.profiler.profile(on_trace_ready=handler, record_shapes=True):
+        with torch.profiler.profile(record_shapes=True) as profiler:
             fns["ours"]()
             fns["ours"]()
             rt.synchronize()
+        with bins.atomic_write(Path("bench_trace", f"{time.time():.0f}.pt.trace.json")) as file:
+            profiler.export_chrome_trace(file.name)
+            if not Path(file.name).read_bytes().rstrip().endswith(b"}"):
+                raise OSError(errno.EIO, "the profiler did not write all of it")
         print("trace in bench_trace/: open it at https://ui.perfetto.dev")
     net = opt = fns = peer_model = peer_opt = None  # free their memory
 

@@ -81,6 +81,11 @@ class GPTConfig:
             raise ValueError(f"n_embd / n_head = {self.n_embd // self.n_head}: rotary positions "
                              f"need an even head width")
 
+    def min_num_params(self) -> int:
+        """Number of parameters in matrices and embeddings, nearly all that the network has."""
+        n_embeddings = self.vocab_size + (self.block_size if self.positions == "learned" else 0)
+        return (12 * self.n_layer * self.n_embd + n_embeddings) * self.n_embd
+
     def to_model_args(self) -> dict:
         """The arguments to save in a checkpoint: CLASSIC_ARGS, and those that differ from the
         network of the trainers that know only these."""
@@ -513,10 +518,7 @@ class GPT(nn.Module):
         that are missing, unexpected, of another shape, not plain floating point or not finite."""
         state = {str(name).removeprefix("_orig_mod."): t for name, t in state.items()
                  if not str(name).endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
-        floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        odd = [name for name, t in state.items() if not (
-            isinstance(t, torch.Tensor) and t.layout == torch.strided and t.dtype in floats
-            and not t.is_meta and t.isfinite().all())]
+        odd = [name for name, t in state.items() if not is_plain_and_finite(t)]
         if odd:
             raise ValueError(f"{source}: expected finite numbers in plain floating-point tensors, "
                              f"but not so in {', '.join(odd[:3])} ({len(odd)} in all)")
@@ -542,9 +544,21 @@ class GPT(nn.Module):
         """
         try:
             args, state = checkpoint["model_args"] | (override_args or {}), checkpoint["model"]
-            model = cls(GPTConfig.from_model_args(args))
+            config = GPTConfig.from_model_args(args)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{source} holds no model: {error}") from None
+        return cls.from_state_dict(config, state, source)
+
+    @classmethod
+    def from_state_dict(cls, config: GPTConfig, state: dict[str, torch.Tensor], source: object,
+                        ) -> "GPT":
+        """A model with the weights of a state dict. Raises ValueError, naming the source, if they
+        are not those of the config."""
+        n_weights = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor))
+        if config.min_num_params() > n_weights:  # it may not even fit into memory
+            raise ValueError(f"{source} holds {n_weights:,} weights, but its model_args are of a "
+                             f"model of {config.min_num_params():,}")
+        model = cls(config)
         model.load_weights(state, source)
         return model
 
@@ -565,9 +579,8 @@ class GPT(nn.Module):
             if file.is_file():
                 return cls.from_checkpoint(read_file(file), override_args, source=file)
         model_args, state = read_hugging_face(name_or_path)
-        model = cls(GPTConfig(**model_args | (override_args or {})))
-        model.load_weights(state, source=name_or_path)
-        return model
+        config = GPTConfig(**model_args | (override_args or {}))
+        return cls.from_state_dict(config, state, source=name_or_path)
 
     def save_pretrained(self, folder: str | Path, eos_token_id: int | None = None) -> None:
         """Write the model in Hugging Face's format of a GPT-2: config.json, model.safetensors and
@@ -599,6 +612,13 @@ class GPT(nn.Module):
             file = Path(folder) / f"{name}.json"
             file.write_text(json.dumps(contents, indent=2), encoding="utf-8")
         save_file(state, Path(folder) / "model.safetensors", {"format": "pt"})
+
+
+def is_plain_and_finite(x: object) -> bool:
+    """Whether x is a dense tensor of floating-point numbers, none of them inf or nan."""
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return (isinstance(x, torch.Tensor) and x.layout == torch.strided and x.dtype in floats
+            and not x.is_meta and bool(x.isfinite().all()))
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
@@ -647,6 +667,8 @@ def read_file(file: Path, mmap: bool = False) -> dict:
     mmap: read the tensors of a .bin or .pt file when they are used, without checking their bytes.
     Raises ValueError if it cannot be read or is damaged.
     """
+    if not file.is_file():
+        raise ValueError(f"cannot read {file}: it is no regular file, or not there")
     try:
         if file.suffix == ".json":
             return dict(json.loads(file.read_text(encoding="utf-8")))

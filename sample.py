@@ -34,6 +34,7 @@ compile: bool | None = False  # torch.compile, which takes about a minute; None:
 
 configure(globals(), file=sys.stderr)
 rules = ["num_samples >= 1", "max_new_tokens >= 0", "temperature >= 0",
+         "num_samples * (max_new_tokens + 1) <= 10**8", "init_from != 'scratch'",
          "top_k is None or top_k >= 1", "top_p is None or 0 < top_p <= 1",
          "0.01 <= repetition_penalty <= 100", "start != ''", "stop != ''", "export != ''",
          "start is None or not interactive", "0 <= seed < 2**64"]
@@ -69,6 +70,8 @@ with user_errors():
         print(f"wrote {export}: AutoModelForCausalLM.from_pretrained({export!r}) reads it",
               file=sys.stderr)
         sys.exit()
+runtime.check_memory(model.config, num_samples * min(max_new_tokens, model.config.block_size),
+                     device)
 with redirect_stdout(sys.stderr):
     rt = runtime.start(device, dtype, compile, model.config.n_embd, flops=0)
 # All weights in dtype: decoding is limited by reading them, and autocast would read float32.

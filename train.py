@@ -76,7 +76,8 @@ start_time = time.time()
 rules = [
     "out_dir != ''", "eval_interval >= 0", "log_interval >= 1", "eval_iters >= 0",
     "keep_every >= 0", "sample_every >= 0", "gradient_accumulation_steps >= 1", "batch_size >= 1",
-    "block_size >= 1", "n_layer >= 1", "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1",
+    "block_size >= 1", "1 <= n_layer <= 10**4", "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1",
+    "gradient_accumulation_steps * batch_size <= 10**8", "eval_iters * batch_size <= 10**8",
     "learning_rate > 0", "max_iters >= 0", "weight_decay >= 0", "0 <= beta1 < 1",
     "0 <= beta2 < 1", "muon_lr > 0", "0 <= muon_momentum < 1",
     "embedding_lr is None or embedding_lr > 0", "head_lr is None or head_lr > 0",
@@ -143,7 +144,9 @@ with user_errors():
         model = GPT.from_checkpoint(resumed, {"dropout": dropout}, resumed["path"])
         checkpoint.check_tokenizer(checkpoint.meta_of(resumed), meta, resumed["path"], dataset)
     elif init_from in ("scratch", "auto"):
-        model = GPT(GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)}))
+        model_config = GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)})
+        runtime.check_memory(model_config, batch_size * block_size, device, bytes_per_weight=16)
+        model = GPT(model_config)
     else:
         model, model_meta = checkpoint.load_pretrained(init_from, dropout)
         checkpoint.check_tokenizer(model_meta, meta, init_from, dataset)

@@ -67,6 +67,8 @@ def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict
             while pending:
                 write_oldest()
     except BrokenProcessPool:
+        for process in multiprocessing.active_children():  # may wait for a lock of the killed one
+            process.kill()
         raise UserError("a worker process was killed, as happens when memory runs out: try a "
                         "smaller --num_proc") from None
     finally:

@@ -21,12 +21,12 @@ from configurator import RENAMED, UserError, check_choice, fit_types, nearest, p
 from data.bins import atomic_write, dataset_folder
 from data.tokenizer import check_meta, describe_tokenizer, load_meta, same_tokenizer
 from engine.runtime import choose_device, choose_dtype
-from model import GPT, HF_REPOSITORIES, GPTConfig, read_file
+from model import GPT, HF_REPOSITORIES, GPTConfig, is_plain_and_finite, read_file
 
 LATEST, BEST, NUMBERED = "ckpt.pt", "best.pt", "ckpt_[0-9]*.pt"
 GPT2_VOCAB_SIZE = 50257
-TYPES = {"model": dict, "model_args": dict, "config": dict, "iter_num": int, "history": list,
-         "command": str}
+TYPES = {"model": dict, "model_args": dict, "config": dict, "optimizer": dict, "scaler": dict,
+         "iter_num": int, "history": list, "bad_steps": int, "command": str}
 NEW_RUN = {"iter_num": 0, "best_val_loss": math.inf, "history": [], "seconds": 0.0, "bad_steps": 0,
            "command": ""}
 START_SETTINGS = {"init_from", "out_dir", "eval_only"}  # these two kinds are not restored
@@ -66,12 +66,31 @@ def load(path: Path, mmap: bool = False) -> dict:
     wrong = [f"it lacks {' and '.join(sorted(missing))}"] if missing else [
         f"its {name} is {type(contents[name]).__name__}, not {kind.__name__}"
         for name, kind in TYPES.items() if not isinstance(contents.get(name, kind()), kind)]
+    contents = copy.deepcopy(NEW_RUN) | contents | {"path": path} if not wrong else {}
+    wrong += [f"{name} = {value!r:.100}" for name, value in contents.items()
+              if name in NEW_RUN and not has_valid_range(name, value)]
     if wrong:
         raise UserError(f"{path} is no checkpoint: {', '.join(wrong)}; give one that train.py "
                         f"wrote")
-    if contents.get("meta"):
+    if contents.get("meta") is not None:
         check_meta(contents["meta"], path)
-    return copy.deepcopy(NEW_RUN) | contents | {"path": path}
+    return contents
+
+
+def has_valid_range(name: str, value: object) -> bool:
+    """Whether the value of a part in NEW_RUN, whose type is right, is one that a run can have."""
+    def is_number(value: object) -> bool:
+        if isinstance(value, torch.Tensor) and value.numel() == 1:  # as other trainers save losses
+            value = value.item()
+        return type(value) in (int, float) and value >= 0 and (
+            type(value) is float or value < 2**63)  # so not nan
+
+    if name == "history":
+        return all(isinstance(record, dict) and type(record.get("iter")) is int
+                   and is_number(record["iter"]) and is_number(record.get("val_loss"))
+                   and all(v is None or type(v) in (int, float) for v in record.values())
+                   for record in value)
+    return name == "command" or is_number(value)
 
 
 # ----------------------------------------------------------------------------------- which file
@@ -144,7 +163,8 @@ def meta_of(contents: dict) -> dict | None:
         return contents["meta"]
     dataset = contents.get("config", {}).get("dataset")
     meta = load_meta(dataset_folder(dataset)) if dataset else None
-    if meta is None and contents["model_args"]["vocab_size"] < GPT2_VOCAB_SIZE:
+    vocab_size = contents["model_args"].get("vocab_size", GPT2_VOCAB_SIZE)
+    if meta is None and vocab_size < GPT2_VOCAB_SIZE:
         raise UserError(f"{contents['path']} names no vocabulary, and its dataset {dataset!r} is "
                         f"not here: prepare that first")
     return meta
@@ -219,7 +239,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
     if saved is None:
         raise UserError(f"{path} has no optimizer state to resume with: {new_run}")
     try:
-        params = [(name, p, "momentum" if "momentum" in group else "exp_avg")
+        params = [(name, p, {"momentum"} if "momentum" in group else {"exp_avg", "exp_avg_sq"})
                   for group in optimizer.param_groups
                   for name, p in zip(group["param_names"], group["params"], strict=True)]
         saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
@@ -228,12 +248,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
         if saved_id.keys() != {name for name, _, _ in params}:
             raise ValueError("it has other parameters")
         state = {}
-        for i, (name, p, key) in enumerate(params):
+        for i, (name, p, keys) in enumerate(params):
             if saved_id[name] in saved["state"]:
                 state[i] = saved["state"][saved_id[name]]
-                if state[i][key].shape != p.shape:
-                    raise ValueError(f"{key} of {name} is {tuple(state[i][key].shape)}, not "
-                                     f"{tuple(p.shape)}")
+                for key in sorted(keys | {"step"}):
+                    shape = () if key == "step" else tuple(p.shape)
+                    if not is_plain_and_finite(state[i][key]) or state[i][key].shape != shape:
+                        raise ValueError(f"{key} of {name} is not a tensor of finite numbers of "
+                                         f"shape {shape}")
         optimizer.load_state_dict(
             {"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if contents.get("scaler"):

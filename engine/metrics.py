@@ -9,12 +9,14 @@ import math
 import os
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, regular_file
 from data.bins import atomic_write
 from engine.progress import Progress
 from engine.runtime import Runtime
@@ -87,9 +89,10 @@ class Metrics:
         if config["tensorboard_log"]:
             from torch.utils.tensorboard import SummaryWriter
             from torch.utils.tensorboard.summary import hparams
-            for name in ("", "train", "train_eval", "val"):
-                self.writers[name] = SummaryWriter(
-                    str(folder / "tensorboard" / name), purge_step=start_iter)
+            with disk_errors(self.file):
+                for name in ("", "train", "train_eval", "val"):
+                    self.writers[name] = SummaryWriter(
+                        str(folder / "tensorboard" / name), purge_step=start_iter)
             for summary in hparams({key: str(value) for key, value in config.items()}, {}):
                 self.writers[""].file_writer.add_summary(summary)
             for record in history:
@@ -100,12 +103,10 @@ class Metrics:
             run_id = folder / "wandb_run_id"
             if not run_id.exists():
                 run_id.write_text(uuid.uuid4().hex[:8])
-            try:
+            with wandb_errors():
                 self.wandb = wandb.init(
                     project=config["wandb_project"], config=config, name=config["wandb_run_name"],
                     dir=out_dir, id=run_id.read_text(), resume="allow")
-            except wandb.Error as error:
-                raise wandb_error(error) from None
 
     def step(self, record: dict) -> None:
         """Log a step."""
@@ -140,7 +141,8 @@ class Metrics:
         for writer in self.writers.values():
             writer.flush()
         if self.file:
-            os.fsync(self.file.fileno())
+            with disk_errors(self.file):
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self.progress.close()
@@ -154,13 +156,8 @@ class Metrics:
         record = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in record.items()}  # JSON has no NaN
         if self.file:
-            try:
+            with disk_errors(self.file):
                 self.file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                with suppress(OSError):  # close tries to write once more
-                    self.file.close()
-                raise UserError(f"cannot write {self.file.name}: {error.strerror}; the last "
-                                f"checkpoint is whole: make room and resume") from None
         if self.writers:
             self._to_tensorboard(record)
         if self.wandb:
@@ -191,22 +188,38 @@ def check_loggers(config: dict) -> None:
         import torch.utils.tensorboard  # noqa: F401
     if config["wandb_log"]:
         import wandb
-        try:
+        with wandb_errors():
+            wandb.Settings(project=config["wandb_project"], run_name=config["wandb_run_name"])
             wandb.login()
-        except wandb.Error as error:
-            raise wandb_error(error) from None
 
 
-def wandb_error(error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return UserError(f"Weights & Biases did not start ({reason}): run `wandb login`, or set "
-                     f"WANDB_MODE=offline")
+@contextmanager
+def wandb_errors() -> Iterator[None]:
+    """Turn what Weights & Biases raises at its start, of many classes, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise UserError(f"Weights & Biases did not start ({reason:.200}): run `wandb login`, set "
+                        f"WANDB_MODE=offline, or mend wandb_project or the variable") from None
+
+
+@contextmanager
+def disk_errors(log: TextIO) -> Iterator[None]:
+    """Turn an OSError into a UserError, and close the log, metrics.jsonl."""
+    try:
+        yield
+    except OSError as error:
+        with suppress(OSError):  # close tries to write once more
+            log.close()
+        raise UserError(f"cannot write {error.filename or log.name}: {error.strerror}; the last "
+                        f"checkpoint is whole: mend this, and resume") from None
 
 
 def keep_records_before(path: Path, start_iter: int, history: list[dict]) -> None:
     """Drop from metrics.jsonl what a run that resumes at `start_iter` will do again."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = regular_file(path).read_bytes().splitlines()
     except FileNotFoundError:
         return
     except OSError as error:

@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from configurator import UserError, check_choice, print0
 from engine.distributed import dist_info, hard_exit, init_distributed
+from model import GPTConfig
 
 # Dense peak of a device in TFLOP/s for (bfloat16, float16, float32), without sparsity; float32 is
 # TF32 where the device has it, which `start` enables. None: the device lacks the format.
@@ -164,6 +165,29 @@ def check_machine(device: str | None, dtype: str | None, compile: bool | None) -
     chosen = choose_device(device)
     choose_dtype(dtype, chosen, n_embd=1)
     choose_compile(compile, chosen, flops=0)
+
+
+def check_memory(config: GPTConfig, n_tokens: int, device: str | None, bytes_per_weight: int = 4,
+                 ) -> None:
+    """Raise UserError if the weights are larger than the machine's memory, or the activations of
+    n_tokens than the device's, by arithmetic: filling it up would take minutes."""
+    if os.name != "posix":
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    weights = bytes_per_weight * config.min_num_params()
+    if weights > memory:
+        raise UserError(f"n_layer = {config.n_layer}, n_embd = {config.n_embd}, block_size = "
+                        f"{config.block_size}: such a model takes at least {weights / 1e9:,.0f} "
+                        f"GB, but this machine has {memory / 1e9:,.0f}: choose a smaller one")
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        memory = torch.cuda.get_device_properties(chosen).total_memory
+    # At least the residual stream in training, and keys and values in sampling.
+    activations = 4 * n_tokens * config.n_layer * config.n_embd
+    if activations > memory:
+        raise UserError(f"a batch of {n_tokens:,} tokens takes at least {activations / 1e9:,.0f} "
+                        f"GB, but {chosen} has {memory / 1e9:,.0f}: choose a smaller batch_size, "
+                        f"block_size or num_samples")
 
 
 def choose_device(device: str | None) -> torch.device:

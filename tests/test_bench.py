@@ -27,7 +27,7 @@ def run_here(monkeypatch):
     """A function that runs bench.py in this process and returns its globals."""
     def run_here(*args: str) -> dict:
         monkeypatch.setattr(sys, "argv", ["bench.py", *SMALL, "--real_data=False", *args])
-        return runpy.run_path(str(ROOT / "bench.py"))
+        return runpy.run_path(str(ROOT / "bench.py"), run_name="__main__")
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     return run_here
 

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, plain data only, and readable when other trainers wrote them."""
 
 import itertools
+import math
 import resource
 from dataclasses import asdict
 from pathlib import Path
@@ -68,7 +69,8 @@ def small(tmp_path_factory) -> tuple[Path, bytes]:
     """A checkpoint of 2 KB, and its bytes; load needs no whole model."""
     path = tmp_path_factory.mktemp("small") / "ckpt.pt"
     checkpoint.save(path, {"model": {"w": torch.arange(6).reshape(2, 3) / 7, "b": torch.arange(3)},
-                           "model_args": SHAPE, "iter_num": 3, "history": [{"val_loss": 1.5}]})
+                           "model_args": SHAPE, "iter_num": 3,
+                           "history": [{"iter": 1, "val_loss": 1.5}]})
     return path, path.read_bytes()
 
 
@@ -249,10 +251,14 @@ def test_state_of_another_model_or_optimizer_or_none_is_a_user_error(path, conte
     ours = optimizers(gpt)
     adamw, muon = (after_a_step(gpt, ours[kind]) for kind in ("adamw", "muon"))
     swapped = adamw["state"] | {0: adamw["state"][2], 2: adamw["state"][0]}
+    (odd := dict(adamw["state"]))[0] = odd[0] | {"exp_avg_sq": odd[0]["exp_avg_sq"] * math.nan}
+    (lacking := dict(adamw["state"]))[0] = {"step": odd[0]["step"], "exp_avg": odd[0]["exp_avg"]}
     smaller, larger = (optimizers(GPT(GPTConfig(**SHAPE | change)))["adamw"]
                        for change in ({"bias": False}, {"n_layer": 3}))
     for optimizer, saved, words in [
-            (ours["adamw"], adamw | {"state": swapped}, r"exp_avg of .*wte.weight is \(48, 16\)"),
+            (ours["adamw"], adamw | {"state": swapped}, "exp_avg of .*wte.weight is not"),
+            (ours["adamw"], adamw | {"state": odd}, "exp_avg_sq of .*wte.weight is not .* finite"),
+            (ours["adamw"], adamw | {"state": lacking}, "'exp_avg_sq'"),
             (ours["muon"], adamw, "'momentum'"), (ours["adamw"], muon, "'exp_avg'"),
             (smaller, adamw, "other parameters"), (larger, adamw, "other parameters"),
             (ours["adamw"], None, ""), (ours["adamw"], [1, 2], ""), (ours["adamw"], {}, ""),
