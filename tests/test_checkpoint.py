@@ -251,8 +251,9 @@ def test_state_of_another_model_or_optimizer_or_none_is_a_user_error(path, conte
     ours = optimizers(gpt)
     adamw, muon = (after_a_step(gpt, ours[kind]) for kind in ("adamw", "muon"))
     swapped = adamw["state"] | {0: adamw["state"][2], 2: adamw["state"][0]}
-    (odd := dict(adamw["state"]))[0] = odd[0] | {"exp_avg_sq": odd[0]["exp_avg_sq"] * math.nan}
-    (lacking := dict(adamw["state"]))[0] = {"step": odd[0]["step"], "exp_avg": odd[0]["exp_avg"]}
+    first = adamw["state"][0]
+    odd = adamw["state"] | {0: first | {"exp_avg_sq": first["exp_avg_sq"] * math.nan}}
+    lacking = adamw["state"] | {0: {"step": first["step"], "exp_avg": first["exp_avg"]}}
     smaller, larger = (optimizers(GPT(GPTConfig(**SHAPE | change)))["adamw"]
                        for change in ({"bias": False}, {"n_layer": 3}))
     for optimizer, saved, words in [
