@@ -19,7 +19,10 @@ settings of train.py in config files are ignored.
 """
 
 import os
+import sys
 from importlib.util import find_spec
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for python -I
 
 from configurator import ROOT, UserError, check, check_choice, configure, user_errors
 
@@ -78,9 +81,10 @@ check_choice("mode", str(mode), ["train", "sample", "data", "plan", "all", "None
 check_choice("peer", str(peer), ["plain", "transformers", "None"])
 check_choice("optimizer", optimizer, ["adamw", "muon"])
 modes = {None: ["train", "sample"], "all": ["train", "sample", "data"]}.get(mode, [mode])
-if profile and os.path.isfile("bench_trace"):
+if profile and os.path.lexists("bench_trace") and not os.path.isdir("bench_trace"):
     raise UserError("profile = True writes into bench_trace/, but a file is there: move it away")
-if json and (os.path.isdir(json) or not os.path.isdir(os.path.dirname(os.path.abspath(json)))):
+if json and (not os.path.isdir(os.path.dirname(os.path.abspath(json)))
+             or (os.path.exists(json) and not os.path.isfile(json))):
     raise UserError(f"json = {json!r}: expected a file in a folder that exists")
 if peer == "transformers" and not find_spec("transformers"):
     raise UserError("peer = 'transformers' needs it: pip install -r requirements-dev.txt")
@@ -89,7 +93,6 @@ import errno
 import itertools
 import platform
 import subprocess
-import sys
 import sysconfig
 import tempfile
 import time

@@ -188,9 +188,11 @@ def _run_config(arg: str, current: dict, ignored: dict) -> dict:
     # Current settings are visible as builtins, so that the namespace holds only assignments.
     namespace = {"__builtins__": vars(builtins) | current, "__file__": str(path)}
     try:
-        exec(compile(regular_file(path).read_bytes(), str(path), "exec"), namespace)
+        source = regular_file(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read config file {path}: {error.strerror}") from None
+    try:
+        exec(compile(source, str(path), "exec"), namespace)
     except BaseException as error:  # GeneratorExit and SystemExit, too
         message = " ".join(traceback.format_exception_only(error)[-1].split())
         raise UserError(f"config file {path} failed with {message:.500}") from None
@@ -203,7 +205,7 @@ def _check_name(name: str, types: dict, what: str) -> None:
     if name in RENAMED:
         raise UserError(f"{what} {name!r} is now {RENAMED[name]}")
     if name not in types:
-        raise UserError(f"{what} {name!r} does not exist"
+        raise UserError(f"{what} {name!r:.100} does not exist"
                         f"{nearest(name.replace('-', '_'), list(types))}; "
                         f"--help lists the settings")
 
@@ -271,6 +273,8 @@ def _report_and_exit(kind: type, error: BaseException, trace: TracebackType) -> 
     elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         message = (f"the disk of {error.filename or 'the output'} is full: make room, and start "
                    f"again")
+    elif issubclass(kind, OSError) and error.errno == errno.ENAMETOOLONG:
+        message = f"the file name {error.filename!r:.100} is too long"
     elif issubclass(kind, MemoryError) or (issubclass(kind, RuntimeError)
                                            and "allocate" in message):  # torch's, any device
         message = (f"out of memory ({' '.join(message.split())[:200] or kind.__name__}): choose "

@@ -18,6 +18,7 @@ file can be copied into another project. The letters in the shape comments:
 
 import json
 import math
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -95,7 +96,10 @@ class GPTConfig:
 
     @classmethod
     def from_model_args(cls, model_args: dict) -> "GPTConfig":
-        """The inverse of `to_model_args`. Raises ValueError for unknown or wrong arguments."""
+        """The inverse of `to_model_args`. Raises ValueError for missing or wrong arguments."""
+        missing = [name for name in CLASSIC_ARGS[:5] if name not in model_args]
+        if missing:
+            raise ValueError(f"model_args lacks {', '.join(missing)}")
         try:
             return cls(**{"activation": CLASSIC_ACTIVATION} | model_args)
         except TypeError as error:
@@ -420,6 +424,8 @@ class GPT(nn.Module):
             cache_len += end - start
             start = end
             logits = logits[:, -1].float()  # (B, V)
+            if end == T and not logits.isfinite().all():
+                raise ValueError("the logits are not finite: the weights are too large, or damaged")
             if repetition_penalty != 1:
                 logits = apply_repetition_penalty(logits, tokens[:, :end], repetition_penalty)
             token = sample_token(logits[:, :n_vocab], temperature, top_k, top_p)  # (B,)
@@ -518,7 +524,9 @@ class GPT(nn.Module):
         that are missing, unexpected, of another shape, not plain floating point or not finite."""
         state = {str(name).removeprefix("_orig_mod."): t for name, t in state.items()
                  if not str(name).endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
-        odd = [name for name, t in state.items() if not is_plain_and_finite(t)]
+        own = self.state_dict()
+        odd = [name for name, t in state.items() if not is_plain_float(t) or (
+            name in own and t.shape == own[name].shape and not t.isfinite().all())]
         if odd:
             raise ValueError(f"{source}: expected finite numbers in plain floating-point tensors, "
                              f"but not so in {', '.join(odd[:3])} ({len(odd)} in all)")
@@ -614,11 +622,11 @@ class GPT(nn.Module):
         save_file(state, Path(folder) / "model.safetensors", {"format": "pt"})
 
 
-def is_plain_and_finite(x: object) -> bool:
-    """Whether x is a dense tensor of floating-point numbers, none of them inf or nan."""
+def is_plain_float(x: object) -> bool:
+    """Whether x is a dense tensor of real floating-point numbers, with data."""
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return (isinstance(x, torch.Tensor) and x.layout == torch.strided and x.dtype in floats
-            and not x.is_meta and bool(x.isfinite().all()))
+            and not x.is_meta and not x.is_nested)
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
@@ -684,7 +692,9 @@ def read_file(file: Path, mmap: bool = False) -> dict:
                         raise ValueError(f"{record.filename} is marked as a directory")
                     if not (mmap and "/data/" in record.filename):
                         archive.read(record)  # raises an error if its checksum differs
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files that are refused below
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except (ModuleNotFoundError, MemoryError):
         raise
     except OSError as error:

@@ -10,9 +10,12 @@ Settings are the variables below; config files and --key=value arguments overrid
 goes to stdout, everything else to stderr.
 """
 
+import os
 import sys
 
-from configurator import UserError, check, check_choice, configure, user_errors
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for python -I
+
+from configurator import UserError, check, check_choice, configure, regular_file, user_errors
 
 init_from = "resume"  # resume (the run in out_dir) | gpt2* | a path | owner/name on the hub
 out_dir = "out"
@@ -137,8 +140,9 @@ def read_prompt(start: str | None) -> str:
         if start == "-":
             return sys.stdin.read()
         if start.startswith("FILE:"):
-            return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+            path = Path(start.removeprefix("FILE:")).expanduser()
+            return regular_file(path).read_text(encoding="utf-8")
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompt {start}: {error}") from None
     return start
 

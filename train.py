@@ -8,7 +8,11 @@
 Settings are the variables below; config files and --key=value arguments override them.
 """
 
+import os
+import sys
 import time
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for python -I
 
 from configurator import RunError, UserError, check, check_choice, configure, print0, user_errors
 
@@ -88,7 +92,6 @@ check(globals(), *rules)
 import gc
 import math
 import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -99,7 +102,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data import bins
-from data.tokenizer import get_tokenizer, load_meta
+from data.tokenizer import dataset_record, get_tokenizer, load_meta
 from engine import checkpoint, cpu, runtime
 from engine.metrics import Metrics, Stopwatch, check_loggers
 from engine.muon import configure_muon
@@ -131,8 +134,8 @@ folder = bins.dataset_folder(dataset)
 train_tokens = bins.open_bin(folder / "train.bin", block_size)
 val_tokens = bins.open_bin(folder / "val.bin", block_size)
 meta = load_meta(folder)  # None for GPT-2 BPE
-val_bytes = bins.dataset_counts(folder).get("val_bytes")
-bytes_per_token = val_bytes and val_bytes / len(val_tokens)  # None if it is not known
+val_bytes = dataset_record(folder).get("val_bytes")
+bytes_per_token = val_bytes / len(val_tokens) if type(val_bytes) is int else None
 vocab_size = meta["vocab_size"] if meta else 50304  # 50,257, padded to a multiple of 64
 tokenizer = get_tokenizer(meta) if sample_every else None
 

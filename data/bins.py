@@ -5,7 +5,6 @@ state of a random number generator, and all processes can draw the same batch.
 """
 
 import json
-import operator
 import os
 import pickle
 import shutil
@@ -21,12 +20,11 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 
 from configurator import ROOT, UserError, nearest, regular_file
-from data.tokenizer import tokenizer_name
+from data.tokenizer import dataset_record, tokenizer_name
 
 Item = TypeVar("Item")
 DTYPE = np.dtype("<u2")
 IGNORE = -1  # a target that the loss ignores
-COUNTS = ("train_tokens", "train_bytes", "val_tokens", "val_bytes")  # in dataset.json
 MAX_CHECKED = 2**26  # number of tokens that `check_vocabulary` reads
 
 
@@ -48,8 +46,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         regular_file(path).parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if not file.closed:  # else the caller has done this
+                flush_to_disk(file)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; "
@@ -57,6 +55,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # already renamed, or never created
             temporary.unlink()
+
+
+def flush_to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def free_disk_bytes(folder: Path) -> int:
@@ -79,38 +82,37 @@ def dataset_writer(folder: Path, meta: dict | None) -> Iterator[Callable[[str, b
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
     remove_stale(folder)
-    counts = dict.fromkeys(COUNTS, 0)
+    counts = {"train_tokens": 0, "train_bytes": 0, "val_tokens": 0, "val_bytes": 0}
     kind = tokenizer_name(meta)
     extra = {"char": ["meta.pkl"], "bpe": ["tokenizer.json"]}.get(kind, [])
-    earlier = {folder / "meta.pkl", folder / "tokenizer.json"} - {folder / name for name in extra}
-    for path in earlier:
-        if path.exists() and not path.is_file():
-            raise UserError(f"cannot remove {path}: it is no regular file")
-    with atomic_write(folder / "train.bin") as train, atomic_write(folder / "val.bin") as val:
-        others = {path.name for path in folder.glob("train.bin.*.tmp")} - {Path(train.name).name}
+    earlier = [folder / name for name in ("meta.pkl", "tokenizer.json") if name not in extra]
+    if any(path.is_dir() for path in earlier):
+        raise UserError(f"{' or '.join(map(str, earlier))} is a folder: move it away")
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(atomic_write(folder / name))
+                 for name in ("train.bin", "val.bin", *extra, "dataset.json")}  # renamed from last
+        ours = Path(files["train.bin"].name)
+        others = [path for path in folder.glob("train.bin.*.tmp") if path != ours]
         if others:
             raise UserError(f"another process writes to {folder}: wait for its end, or remove "
-                            f"{others.pop()} if there is none")
-        with ExitStack() as stack:
-            small = {name: stack.enter_context(atomic_write(folder / name))
-                     for name in (*extra, "dataset.json")}
+                            f"{others[0].name} if there is none")
 
-            def write(split: str, ids: bytes, n_bytes: int) -> None:
-                (train if split == "train" else val).write(ids)
-                counts[f"{split}_tokens"] += len(ids) // 2
-                counts[f"{split}_bytes"] += n_bytes
+        def write(split: str, ids: bytes, n_bytes: int) -> None:
+            files[f"{split}.bin"].write(ids)
+            counts[f"{split}_tokens"] += len(ids) // 2
+            counts[f"{split}_bytes"] += n_bytes
 
-            yield write
-            small["dataset.json"].write(json.dumps({"tokenizer": kind} | counts).encode())
-            if kind == "char":
-                pickle.dump(meta, small["meta.pkl"])
-            elif kind == "bpe":
-                small["tokenizer.json"].write(meta["tokenizer_json"].encode())
-            for file in (train, val, *small.values()):  # a full disk refuses before any is renamed
-                file.flush()
-                os.fsync(file.fileno())
-        for path in earlier:  # of another tokenizer
-            path.unlink(missing_ok=True)
+        yield write
+        files["dataset.json"].write(json.dumps({"tokenizer": kind} | counts).encode())
+        if kind == "char":
+            pickle.dump(meta, files["meta.pkl"])
+        elif kind == "bpe":
+            files["tokenizer.json"].write(meta["tokenizer_json"].encode())
+        for file in files.values():  # what the disk refuses, it refuses before any is renamed
+            flush_to_disk(file)
+            file.close()
+    for path in earlier:  # of another tokenizer
+        path.unlink(missing_ok=True)
     for split in ("train", "val"):
         print(f"{folder / split}.bin: {counts[f'{split}_tokens']:,} tokens")
 
@@ -123,18 +125,6 @@ def remove_stale(folder: Path) -> None:
                 os.kill(int(path.name.split(".")[-2]), 0)  # only asks whether there is one
             except ProcessLookupError:
                 path.unlink()
-
-
-def dataset_counts(folder: Path) -> dict[str, int]:
-    """The numbers COUNTS of a dataset, as recorded when it was prepared; empty if they were not.
-
-    Bytes are of text in UTF-8, without end-of-text tokens.
-    """
-    try:
-        recorded = json.loads(regular_file(folder / "dataset.json").read_text(encoding="utf-8"))
-        return {name: operator.index(recorded[name]) for name in COUNTS}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
 
 
 def open_bin(path: Path, block_size: int) -> np.memmap:
@@ -154,9 +144,9 @@ def open_bin(path: Path, block_size: int) -> np.memmap:
             raise UserError(f"{path} has {size:,} bytes: expected 2 for each of more than "
                             f"block_size = {block_size} tokens; prepare it again, or choose a "
                             f"smaller block_size")
-        recorded = dataset_counts(path.parent).get(f"{path.stem}_tokens", size // 2)
+        recorded = dataset_record(path.parent).get(f"{path.stem}_tokens", size // 2)
         if recorded != size // 2:
-            raise UserError(f"{path} has {size // 2:,} tokens, but {recorded:,} were recorded in "
+            raise UserError(f"{path} has {size // 2} tokens, but {recorded!r:.30} were recorded in "
                             f"dataset.json: it was cut short or replaced; prepare the dataset "
                             f"again, or remove dataset.json if this file is right")
         return np.memmap(path, dtype=DTYPE, mode="r")

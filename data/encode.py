@@ -67,11 +67,11 @@ def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict
             while pending:
                 write_oldest()
     except BrokenProcessPool:
-        for process in multiprocessing.active_children():  # may wait for a lock of the killed one
-            process.kill()
         raise UserError("a worker process was killed, as happens when memory runs out: try a "
                         "smaller --num_proc") from None
     finally:
+        for process in multiprocessing.active_children():
+            process.kill()  # as `shutdown` waits for one that waits for a lock of a killed one
         pool.shutdown(cancel_futures=True)
         if is_new and not any(folder.iterdir()):
             folder.rmdir()

@@ -161,16 +161,34 @@ def load_meta(folder: Path) -> dict | None:
         if trained.exists():
             if path.exists():
                 raise ValueError(f"{trained.name} is there, too")
-            path, text = trained, regular_file(trained).read_text(encoding="utf-8")
+            path = trained
+            text = regular_file(path).read_text(encoding="utf-8")
             meta = {"vocab_size": len(json.loads(text)["model"]["vocab"]), "tokenizer_json": text}
         else:
             with open(regular_file(path), "rb") as file:
                 meta = PlainUnpickler(file).load()
     except FileNotFoundError:
-        return None
+        meta = None
     except Exception as error:  # a broken pickle can raise nearly anything
-        raise UserError(f"cannot read {path} ({error}): prepare the dataset again") from None
-    return check_meta(meta, path)
+        raise UserError(f"cannot read {path} ({type(error).__name__}: {error}): prepare the "
+                        f"dataset again") from None
+    if meta is not None:
+        check_meta(meta, path)
+    recorded = dataset_record(folder).get("tokenizer", tokenizer_name(meta))
+    if recorded != tokenizer_name(meta):
+        raise UserError(f"{folder} has the files of the tokenizer {tokenizer_name(meta)}, but its "
+                        f"dataset.json names {recorded!r:.20}: prepare the dataset again")
+    return meta
+
+
+def dataset_record(folder: Path) -> dict:
+    """What was recorded in dataset.json when a dataset was prepared: its tokenizer, and the numbers
+    of tokens and bytes; empty if it was not, or cannot be read."""
+    try:
+        path = regular_file(folder / "dataset.json")
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 def check_meta(meta: object, source: object) -> dict:
@@ -182,8 +200,8 @@ def check_meta(meta: object, source: object) -> dict:
             valid = bool(TrainedTokenizer(meta))
         else:
             itos, stoi = meta["itos"], meta["stoi"]
-            valid = (all(type(i) is int and 0 <= i < size and stoi[char] == i and type(char) is str
-                         for i, char in itos.items())
+            valid = (all(type(char) is str and type(i) is type(stoi[char]) is int
+                         and 0 <= i == stoi[char] < size for i, char in itos.items())
                      and type(size) is int and len(itos) == len(stoi) == size > 0)
     except (TypeError, ValueError, LookupError, AttributeError):
         valid = False

@@ -21,7 +21,7 @@ from configurator import RENAMED, UserError, check_choice, fit_types, nearest, p
 from data.bins import atomic_write, dataset_folder
 from data.tokenizer import check_meta, describe_tokenizer, load_meta, same_tokenizer
 from engine.runtime import choose_device, choose_dtype
-from model import GPT, HF_REPOSITORIES, GPTConfig, is_plain_and_finite, read_file
+from model import GPT, HF_REPOSITORIES, GPTConfig, is_plain_float, read_file
 
 LATEST, BEST, NUMBERED = "ckpt.pt", "best.pt", "ckpt_[0-9]*.pt"
 GPT2_VOCAB_SIZE = 50257
@@ -162,9 +162,8 @@ def meta_of(contents: dict) -> dict | None:
     if "meta" in contents:
         return contents["meta"]
     dataset = contents.get("config", {}).get("dataset")
-    meta = load_meta(dataset_folder(dataset)) if dataset else None
-    vocab_size = contents["model_args"].get("vocab_size", GPT2_VOCAB_SIZE)
-    if meta is None and vocab_size < GPT2_VOCAB_SIZE:
+    meta = load_meta(dataset_folder(dataset)) if isinstance(dataset, str) else None
+    if meta is None and contents["model_args"]["vocab_size"] < GPT2_VOCAB_SIZE:
         raise UserError(f"{contents['path']} names no vocabulary, and its dataset {dataset!r} is "
                         f"not here: prepare that first")
     return meta
@@ -253,13 +252,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
                 state[i] = saved["state"][saved_id[name]]
                 for key in sorted(keys | {"step"}):
                     shape = () if key == "step" else tuple(p.shape)
-                    if not is_plain_and_finite(state[i][key]) or state[i][key].shape != shape:
+                    t = state[i][key]
+                    if not is_plain_float(t) or t.shape != shape or not t.isfinite().all():
                         raise ValueError(f"{key} of {name} is not a tensor of finite numbers of "
                                          f"shape {shape}")
         optimizer.load_state_dict(
             {"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if contents.get("scaler"):
             scaler.load_state_dict(contents["scaler"])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: its optimizer state does not fit ({type(error).__name__}: "
                         f"{error}): {new_run}") from None

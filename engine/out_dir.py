@@ -23,11 +23,16 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, model: GPT, n_numbered: 
     folder = Path(out_dir)
     try:
         _check_disk_space(folder, iter_num is None, model, n_numbered)
+        for path, is_right in ((folder / "metrics.jsonl", os.path.isfile),
+                               (folder / "tensorboard", os.path.isdir)):
+            if iter_num is not None and os.path.lexists(path) and not (
+                    is_right(path) and os.access(path, os.R_OK | os.W_OK)):
+                raise UserError(f"{path} cannot be continued: it is of another kind than train.py "
+                                f"writes, or has no permission; move it away to resume")
         folder.mkdir(parents=True, exist_ok=True)
         lock, owner = FileLock(folder / "lock"), folder / "lock.owner"
         try:
             lock.acquire(blocking=False)
-            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         except Timeout:
             name = owner.read_text(encoding="utf-8") if owner.exists() else "just started"
             raise UserError(f"out_dir = {out_dir!r} is in use by another run ({name}): wait for "
@@ -38,13 +43,15 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, model: GPT, n_numbered: 
             print(f"{folder} cannot be locked ({error.strerror}): let no two runs share it")
         if iter_num is not None and latest(out_dir)[1] != iter_num:
             raise UserError(f"another run continued in {folder} at the same time: start again")
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         for path in _temporary_files(folder):
             path.unlink()
         if iter_num is None:
             _move_earlier_run(folder)
         return lock
     except OSError as error:
-        raise UserError(f"cannot write to out_dir = {out_dir!r}: {error.strerror}") from None
+        raise UserError(f"cannot write to out_dir = {out_dir!r}: {error.strerror} "
+                        f"({error.filename})") from None
 
 
 def _temporary_files(folder: Path) -> list[Path]:
@@ -70,11 +77,11 @@ def _check_disk_space(folder: Path, is_new: bool, model: GPT, n_numbered: int) -
 def _move_earlier_run(folder: Path) -> None:
     """Move the files of an earlier run into previous-N/."""
     old = [path for name in (LATEST, BEST, "metrics.jsonl", "tensorboard", "wandb", "wandb_run_id")
-           if (path := folder / name).exists()] + sorted(folder.glob(NUMBERED))
+           if os.path.lexists(path := folder / name)] + sorted(folder.glob(NUMBERED))
     if not old:
         return
     n = 1
-    while (previous := folder / f"previous-{n}").exists():
+    while os.path.lexists(previous := folder / f"previous-{n}"):
         n += 1
     previous.mkdir()
     for path in old:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, run
 
+from configurator import UserError
+
 SMALL = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=16", "--batch_size=2",
          "--rounds=2", "--new_tokens=4", "--max_iters=9", "--device=cpu", "--dtype=float32"]
 PARAMETERS = 50304 * 16 + 12 * 16**2 + 3 * 16  # wte, the matrices of a block, norms
@@ -63,6 +65,21 @@ def test_without_a_dataset_random_tokens_are_trained_on_and_a_step_is_traced(pro
     trace, = (folder / "bench_trace").iterdir()
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"aten::addmm", "aten::mm"} & names
+
+
+def test_a_profile_that_the_profiler_did_not_write_is_not_reported(run_here, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda self, path: None)
+    with pytest.raises(UserError, match="cannot write bench_trace.* did not write all of it"):
+        run_here("--mode=train", "--profile=True")
+    assert list((tmp_path / "bench_trace").iterdir()) == []
+
+
+def test_the_figures_do_not_replace_what_is_no_regular_file():
+    done = run(ROOT / "bench.py", "--mode=plan", "--json=/dev/null")
+    assert done.returncode == 2
+    assert "json = '/dev/null'" in done.stderr
+    assert Path("/dev/null").is_char_device()
 
 
 def test_unknown_figures_are_null_and_not_printed(run_here, monkeypatch, capsys):

@@ -114,17 +114,25 @@ def test_a_flipped_bit_in_a_tensor_or_one_that_marks_it_as_a_folder_is_refused(s
 
 
 @pytest.mark.parametrize("args", [
-    {"n_head": 3}, {"windows": 3}, {"n_layer": "two"}, {"n_embd": 16.0}, {"vocab_size": None}])
+    {"n_head": 3}, {"windows": 3}, {"n_layer": "two"}, {"n_layer": 10**9}, {"n_embd": 2**70},
+    {"n_embd": 16.0}, {"vocab_size": None}])
 def test_model_args_of_no_model_are_named(path, contents, args):
-    with pytest.raises(ValueError, match=f"ckpt.pt.*{next(iter(args))}"):
+    with pytest.raises(ValueError, match=f"ckpt.pt.*({next(iter(args))}|model_args)"):
         GPT.from_checkpoint(contents | {"model_args": SHAPE | args}, source=path)
 
 
 @pytest.mark.parametrize("change, words", [
     ({"model": None}, "its model is NoneType, not dict"), ({"model_args": 5}, "its model_args is"),
     ({"config": "n_layer=2"}, "its config is"), ({"iter_num": "many"}, "its iter_num is"),
-    ({"history": {"iter": 0}}, "its history is"), ({"meta": {"a": 1}}, "holds no vocab")])
-def test_parts_of_another_type_are_a_user_error(path, contents, change, words):
+    ({"history": {"iter": 0}}, "its history is"), ({"meta": {"a": 1}}, "holds no vocab"),
+    ({"optimizer": 5}, "its optimizer is"), ({"iter_num": -5}, "iter_num = -5"),
+    ({"iter_num": 2**63}, "iter_num = 9223372036854775808"), ({"bad_steps": -1}, "bad_steps = -1"),
+    ({"seconds": 1j}, "seconds = 1j"), ({"seconds": math.nan}, "seconds = nan"),
+    ({"best_val_loss": (2,)}, r"best_val_loss = \(2,\)"), ({"history": [5]}, r"history = \[5\]"),
+    ({"history": [{"iter": 1.5, "val_loss": 2}]}, "history = "),
+    ({"history": [{"iter": 1, "val_loss": None}]}, "history = "),
+    ({"history": [{"iter": 1, "val_loss": 2, "lr": "x"}]}, "history = ")])
+def test_parts_of_another_type_or_range_are_a_user_error(path, contents, change, words):
     checkpoint.save(path, contents | change)
     with pytest.raises(UserError, match=rf"ckpt\.pt .*{words}"):
         checkpoint.load(path)

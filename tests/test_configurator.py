@@ -425,6 +425,42 @@ def test_a_bug_ends_in_a_traceback(tmp_path):
     assert done.stderr.startswith("Traceback") and "ZeroDivisionError" in done.stderr
 
 
+@pytest.mark.parametrize("closed", ["0", "1", "2", "0 1 2"])
+def test_the_numbers_of_closed_streams_are_not_given_to_other_files(tmp_path, closed):
+    path = write_script(tmp_path, "print('out')", "with open('log', 'w') as file:",
+                        "    assert file.fileno() > 2", "    file.write('whole')",
+                        "raise KeyboardInterrupt")
+    redirections = " ".join(f"{number}>&-" for number in closed.split())
+    done = subprocess.run(f"{sys.executable} {path} {redirections}", shell=True, cwd=tmp_path,
+                          text=True, capture_output=True)
+    assert done.returncode == 130
+    assert (tmp_path / "log").read_text() == "whole"
+    assert done.stdout == ("" if "1" in closed else "out\n")
+    assert done.stderr == ("" if "2" in closed else "error: stopped by Ctrl-C\n")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_find_their_modules_in_an_isolated_python(script):
+    done = run("-I", ROOT / script, "--help")
+    assert done.returncode == 0, done.stderr
+
+
+def test_in_all_texts_but_prompts_a_leading_tilde_is_the_home_folder(new, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    new |= {"start": "x", "maybe": None}
+    config, _ = configure(new, ["--name=~/data", "--label=a~", "--start=~/data"])
+    assert (config["name"], config["label"], config["start"]) == ("/home/me/data", "a~", "~/data")
+
+
+def test_numbers_of_numpy_become_numbers_of_python(new, write):
+    config, _ = configure(new, [write(
+        "import numpy as np\ncount = np.int64(4)\nrate = np.float32(0.25)\nratio = np.uint8(2)\n"
+        "limit = np.float64(8)")])
+    values = [config[name] for name in ("count", "rate", "ratio", "limit")]
+    assert [(type(value), value) for value in values] == [
+        (int, 4), (float, 0.25), (float, 2.0), (int, 8)]
+
+
 def test_a_closed_pipe_is_no_error(tmp_path):
     path = write_script(tmp_path, "for i in range(100000): print(i, flush=True)")
     done = subprocess.run(f"env -u PYTHONUNBUFFERED {sys.executable} {path} | head -1", shell=True,

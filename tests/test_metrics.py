@@ -1,10 +1,12 @@
 """Times that add up, and what becomes of the records of a run that is resumed."""
 
+import errno
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import run
 
 from configurator import UserError
 from engine import metrics
@@ -87,6 +89,32 @@ def test_training_goes_on_when_weights_and_biases_is_lost(capsys):
     for i in range(2):
         log._send({"iter": i, "loss": 1.0})
     assert capsys.readouterr().out.count("no server") == 1
+
+
+@pytest.mark.parametrize("variable, value", [
+    ("WANDB_MODE", "junk"), ("WANDB_BASE_URL", "no address"), ("WANDB_INIT_TIMEOUT", "soon"),
+    ("wandb_project", "a/b")])
+def test_settings_that_weights_and_biases_refuses_are_one_sentence(variable, value):
+    project = value if variable == "wandb_project" else "p"
+    code = ("from engine.metrics import check_loggers; import configurator\n"
+            "configurator.configure({'__file__': ''}, [])\n"
+            "check_loggers({'tensorboard_log': False, 'wandb_log': True, 'wandb_run_name': 'r', "
+            f"'wandb_project': {project!r}}})")
+    done = run("-c", code, **{variable: value})
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: Weights & Biases did not start")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_log_that_cannot_be_flushed_is_one_sentence(tmp_path, monkeypatch):
+    log = Metrics(Progress(CPU, 0, 8), str(tmp_path), CONFIG, 0, [])
+
+    def fsync(number: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(metrics.os, "fsync", fsync)
+    with pytest.raises(UserError, match="cannot write .*metrics.jsonl: Input/output error"):
+        log.sync()
 
 
 def test_what_a_resumed_run_repeats_and_lines_that_are_no_records_are_dropped(tmp_path):

@@ -24,7 +24,6 @@ from conftest import ROOT, run
 
 from configurator import UserError
 from data import encode
-from data.bins import dataset_counts
 from data.documents import (
     Document,
     find_files,
@@ -33,7 +32,13 @@ from data.documents import (
     local_documents,
     pieces,
 )
-from data.tokenizer import GPT2Tokenizer, TrainedTokenizer, get_tokenizer, load_meta
+from data.tokenizer import (
+    GPT2Tokenizer,
+    TrainedTokenizer,
+    dataset_record,
+    get_tokenizer,
+    load_meta,
+)
 
 SHAKESPEARE = ROOT.parent / "shared/data/tinyshakespeare/input.txt"
 OPENWEBTEXT = "data/openwebtext/prepare.py"
@@ -350,13 +355,18 @@ def live_processes(group: int) -> list[str]:
     return found
 
 
-def test_ctrl_c_leaves_the_earlier_files_and_no_temporary_ones(large, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_the_earlier_files_and_no_temporary_ones(large, tmp_path, number):
     for name in ("train.bin", "val.bin"):
         (tmp_path / name).write_bytes(b"old")
     with running(large, tmp_path) as process:
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-        process.communicate(timeout=60)
-        assert process.returncode != 0
+        if number == signal.SIGTERM:
+            process.terminate()
+        else:
+            os.killpg(process.pid, number)  # as a terminal does: to the workers too
+        _, error = process.communicate(timeout=60)
+        assert process.returncode in (128 + number, 2)
+        assert "Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.bin", "val.bin"]
     assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"old"}
 
@@ -479,7 +489,7 @@ def test_a_mixed_folder_is_split_by_document(repo, tokenizer):
     config = "fast_shakespeare_char_cpu" if tokenizer == "char" else "train_text_cpu"
     assert printed.endswith(
         f"python train.py config/{config}.py --dataset=mine --out_dir=out-mine\n")
-    counts = dataset_counts(repo / "data/mine")
+    counts = dataset_record(repo / "data/mine")
     assert counts["val_bytes"] == sum(len(text.encode()) for text in held_out)
     assert json.loads((repo / "data/mine/dataset.json").read_text()) == {
         "tokenizer": tokenizer.partition(":")[0], "train_tokens": len(train),
@@ -494,7 +504,7 @@ def test_one_text_is_split_by_position_and_decodes_to_itself(repo, tokenizer):
     train, val, _ = prepared(repo, "--input=book.md", f"--tokenizer={tokenizer}")
     encoder = get_tokenizer(load_meta(repo / "data/mine"))
     assert encoder.decode(train) + encoder.decode(val) == text
-    assert dataset_counts(repo / "data/mine")["val_bytes"] == pytest.approx(100_000, abs=4)
+    assert dataset_record(repo / "data/mine")["val_bytes"] == pytest.approx(100_000, abs=4)
     before = [train, val]
     for args in (["--input=-"], ["--input=bo*.md"]):
         found = prepared(repo, f"--tokenizer={tokenizer}", *args, stdin=text)

@@ -7,7 +7,14 @@ import torch
 
 from configurator import UserError
 from engine import runtime
-from engine.runtime import Runtime, choose_compile, choose_device, choose_dtype
+from engine.runtime import (
+    Runtime,
+    check_memory,
+    choose_compile,
+    choose_device,
+    choose_dtype,
+)
+from model import GPTConfig
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
 
@@ -44,6 +51,22 @@ def test_a_device_that_is_not_there_is_refused(machine, device, words):
     machine(cuda=2)
     with pytest.raises(UserError) as refused:
         choose_device(device)
+    for word in words:
+        assert word in str(refused.value)
+
+
+# ------------------------------------------------------------------------------------- memory
+
+@pytest.mark.parametrize("shape, n_tokens, words", [
+    ({"n_layer": 10**4}, 1, ["n_layer = 10000", "takes at least 1,133 GB", "has 1,000"]),
+    ({"n_embd": 12 * 10**5}, 1, ["n_embd = 1200000"]), ({"block_size": 10**9}, 1, ["block_size"]),
+    ({}, 10**8, ["a batch of 100,000,000 tokens takes at least 3,686 GB"])])
+def test_what_cannot_fit_into_memory_is_refused_by_arithmetic(monkeypatch, shape, n_tokens, words):
+    sizes = {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 10**9}
+    monkeypatch.setattr(runtime.os, "sysconf", sizes.get)
+    check_memory(GPTConfig(), 10**6, "cpu", bytes_per_weight=16)
+    with pytest.raises(UserError) as refused:
+        check_memory(GPTConfig(**shape), n_tokens, "cpu", bytes_per_weight=16)
     for word in words:
         assert word in str(refused.value)
 
