@@ -11,8 +11,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,14 +203,15 @@ if rank == 0 and step == 13 and restarts == 0:
 """)
 
 
-def two_hosts(launcher: Launcher) -> list[subprocess.CompletedProcess]:
-    """A run by one process on each of two hosts, one of which is killed once.
+@contextmanager
+def hosts(name: str) -> Iterator[tuple[Callable, Callable]]:
+    """Two hosts, network namespaces connected by a virtual cable.
 
-    A host is a network namespace, connected to the other's by a virtual cable.
+    Yields ip(host, *arguments), and torchrun(host, launcher, fault), which starts a job's part.
     """
     if os.name != "posix" or os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("network namespaces need Linux, root and the command ip")
-    hosts = [f"plaingpt-{os.getpid()}-{i}" for i in (1, 2)]
+    namespaces = [f"plaingpt-{os.getpid()}-{name}-{i}" for i in (1, 2)]
     processes = []
 
     def ip(*args: str) -> None:
@@ -217,30 +219,62 @@ def two_hosts(launcher: Launcher) -> list[subprocess.CompletedProcess]:
         if done.returncode:
             pytest.skip(f"ip {' '.join(args)}: {done.stderr.strip()}")
 
+    def torchrun(host: int, launcher: Launcher, *args: str, fault: str = "") -> subprocess.Popen:
+        process = launcher.start(
+            ["ip", "netns", "exec", namespaces[host], sys.executable, "-m",
+             "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3",
+             "--rdzv-backend=c10d", "--rdzv-endpoint=10.0.0.1:29500",
+             f"--local-addr=10.0.0.{host + 1}", f"--rdzv-conf=is_host={host == 0}"],
+            name, *args, GLOO_SOCKET_IFNAME="cable", fault=fault)
+        processes.append(process)
+        return process
+
     try:
-        for host in hosts:
-            ip("netns", "add", host)
-        ip("link", "add", "cable", "netns", hosts[0], "type", "veth", "peer", "cable", "netns",
-           hosts[1])
-        for host, address in zip(hosts, ("10.0.0.1", "10.0.0.2"), strict=True):
-            ip("-n", host, "addr", "add", f"{address}/24", "dev", "cable")
-            ip("-n", host, "link", "set", "cable", "up")
-            ip("-n", host, "link", "set", "lo", "up")
-            processes.append(launcher.start(
-                ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run",
-                 "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d",
-                 "--rdzv-endpoint=10.0.0.1:29500", f"--local-addr={address}",
-                 f"--rdzv-conf=is_host={host == hosts[0]}"],
-                "two_hosts", GLOO_SOCKET_IFNAME="cable", fault="""
-if rank == 1 and step == 13 and restarts == 0:
-    os.kill(os.getpid(), signal.SIGKILL)
-"""))
-        return [launcher.wait(process) for process in processes]
+        for namespace in namespaces:
+            ip("netns", "add", namespace)
+        ip("link", "add", "cable", "netns", namespaces[0], "type", "veth", "peer", "cable", "netns",
+           namespaces[1])
+        for host, namespace in enumerate(namespaces, start=1):
+            ip("-n", namespace, "addr", "add", f"10.0.0.{host}/24", "dev", "cable")
+            ip("-n", namespace, "link", "set", "cable", "up")
+            ip("-n", namespace, "link", "set", "lo", "up")
+        yield lambda host, *args: ip("-n", namespaces[host], *args), torchrun
     finally:
         for process in processes:
             process.kill()
-        for host in hosts:
-            subprocess.run(["ip", "netns", "del", host], capture_output=True)
+        for namespace in namespaces:
+            subprocess.run(["ip", "netns", "del", namespace], capture_output=True)
+
+
+def two_hosts(launcher: Launcher) -> list[subprocess.CompletedProcess]:
+    """A run by one process on each of two hosts, one of which is killed once."""
+    with hosts("two_hosts") as (_, torchrun):
+        processes = [torchrun(host, launcher, fault="""
+if rank == 1 and step == 13 and restarts == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+""") for host in (0, 1)]
+        return [launcher.wait(process) for process in processes]
+
+
+LINK_DOWN_S = float(os.environ.get("LINK_DOWN_S", 7))  # longer than the timeout of a collective
+
+
+def lost_link(launcher: Launcher) -> list[subprocess.CompletedProcess]:
+    """A run by one process on each of two hosts, between which the link fails for LINK_DOWN_S."""
+    with hosts("lost_link") as (ip, torchrun):
+        processes = [torchrun(host, launcher, "--collective_timeout=5", fault="""
+if rank == 1 and step == 5 and restarts == 0:
+    log("reached", step)
+    time.sleep(1)  # in which the link fails
+""") for host in (0, 1)]
+        until = time.monotonic() + 120
+        while not launcher.log("lost_link", "reached", 1):
+            assert time.monotonic() < until, "the job does not reach step 5"
+            time.sleep(0.05)
+        ip(1, "link", "set", "cable", "down")
+        time.sleep(LINK_DOWN_S)
+        ip(1, "link", "set", "cable", "up")
+        return [launcher.wait(process) for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +289,7 @@ def scenarios(launcher) -> Iterator[dict[str, Future]]:
     """What the scenarios return; three at a time keep two cores busy."""
     with ThreadPoolExecutor(3) as pool:
         yield {scenario.__name__: pool.submit(scenario, launcher)
-               for scenario in (stopped, silent, changing, by_two, restarted, two_hosts)}
+               for scenario in (stopped, silent, changing, by_two, restarted, two_hosts, lost_link)}
 
 
 # ------------------------------------------------------------------------------ like one process
@@ -313,7 +347,7 @@ def test_a_dead_process_ends_the_job_within_60_s_and_the_others_report_it_in_a_s
     assert done.stderr.count("Traceback") == 1  # torchrun's own
 
 
-@pytest.mark.parametrize("name", ["stopped", "restarted", "two_hosts"])
+@pytest.mark.parametrize("name", ["stopped", "restarted", "two_hosts", "lost_link"])
 def test_a_job_that_is_stopped_or_restarted_ends_bit_for_bit_like_an_uninterrupted_one(
         name, scenarios, launcher):
     scenarios["by_two"].result(), scenarios[name].result()
@@ -329,6 +363,13 @@ def test_a_job_on_two_hosts_restarts_once_when_a_process_dies_on_one(scenarios):
     assert [done.returncode for done in ends] == [0, 0], ends
     assert sum(len(errors(done)) for done in ends) == 1  # of the process that was left
     assert sum(done.stdout.count("settings:") for done in ends) == 2
+
+
+def test_a_job_on_two_hosts_whose_link_fails_for_a_while_says_so_and_resumes(scenarios):
+    ends = scenarios["lost_link"].result()
+    assert [done.returncode for done in ends] == [0, 0], ends
+    said = [line for done in ends for line in errors(done)]
+    assert said and all("another process is gone or silent" in line for line in said)
 
 
 def test_a_silent_process_ends_the_others_after_collective_timeout(scenarios):

@@ -102,11 +102,32 @@ def copy(folder: Path, to: Path) -> Path:
 
 # ------------------------------------------------------------------------------------------- stops
 
-# Where a run is stopped, one time after the other, and by what; the steps that are done then.
-STOPS = [("not training and step == 0", signal.SIGTERM, 0),
-         ("training and step == 5 and run.micro_step == 0", signal.SIGINT, 5),
-         ("not training and step == 8", signal.SIGINT, 8),
-         ("training and step == 18 and run.micro_step == 1", signal.SIGHUP, 19)]
+# Where a run is stopped, one time after the other, and by what; the steps that are done then, and
+# the line of the run's script that was being executed.
+STOPS = [("not training and step == 0", signal.SIGTERM, 0, "in evaluate"),
+         ("training and step == 5 and run.micro_step == 0", signal.SIGINT, 5,
+          "in forward_backward"),
+         ("not training and step == 8", signal.SIGTERM, 8, "in evaluate"),
+         ("saving and run.iter_num == 12", signal.SIGTERM, 12, "in save"),
+         ("training and step == 18 and run.micro_step == 1", signal.SIGHUP, 19,
+          "in forward_backward")]
+STOP_WHERE = """
+import torch, traceback
+
+def stop(saving):
+    if {where} and not run.stop_signals.received:
+        print("signal sent", *(f"in {{f.name}}" for f in traceback.extract_stack()), flush=True)
+        os.kill(os.getpid(), {number:d})
+
+def save_and_stop(contents, file, save=torch.save):
+    save(contents, file)
+    assert os.path.exists(file.name) and file.name.endswith(".tmp")
+    stop(saving=True)
+
+if torch.save.__name__ == "save":
+    torch.save = save_and_stop
+stop(saving=False)
+"""
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -114,11 +135,11 @@ def test_a_run_stopped_anywhere_ends_bit_for_bit_like_an_uninterrupted_one(
         dtype, train, tmp_path):
     stopped, expected = tmp_path / "stopped", tmp_path / "whole"
     train(expected, f"--dtype={dtype}")
-    for where, number, n_steps in STOPS:
+    for where, number, n_steps, place in STOPS:
         done = train(stopped, f"--dtype={dtype}", status=128 + number,
-                     fault=f"if {where} and not run.stop_signals.received: "
-                           f"os.kill(os.getpid(), {number:d})")
+                     fault=STOP_WHERE.format(where=where, number=number))
         assert "error" not in done.stderr
+        assert f" {place} " in re.search("signal sent.*", done.stdout)[0]
         assert f"stopped by signal {number:d} after {n_steps} steps" in done.stdout
         assert saved_steps(stopped)["ckpt.pt"] == n_steps
         evaluated = [record["iter"] for record in records(stopped, "val_loss")]
@@ -211,7 +232,7 @@ def test_kills_at_random_instants_lose_nothing():
     assert done.returncode == 0, done.stdout
     figures = dict(re.findall(r"^(.*): (\d+)$", done.stdout, re.MULTILINE))
     assert int(figures.pop("kills inside a write")) >= 1
-    assert figures == {"kills": "4", "checkpoints lost": "0", "differences": "0"}
+    assert figures == {"kills": "4", "lost": "0", "differences": "0"}
 
 
 def test_a_disk_that_refuses_the_log_ends_the_run_in_a_sentence(train, whole, tmp_path):
@@ -248,6 +269,66 @@ def test_a_text_dataset_of_which_a_file_cannot_be_written_stays_as_it_was(text_d
     (tmp_path / f"val.bin.{socket.gethostname()}.{os.getpid()}.tmp").mkdir()
     with pytest.raises(UserError, match="cannot write .*val.bin"):
         write_text_dataset(tmp_path, "other letters", CharTokenizer.meta_of("other letters"))
+    assert snapshot(tmp_path) == before
+
+
+FAILING_FSYNC = r"""
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int fsync(int fd) {
+    static int n_calls;
+    char link[64], path[4096] = "";
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    if (readlink(link, path, sizeof path - 1) > 0 && strstr(path, getenv("BROKEN_FILE"))
+        && ++n_calls >= atoi(getenv("BROKEN_CALL")))
+        return errno = EIO, -1;
+    return syscall(SYS_fsync, fd);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def broken_disk(tmp_path_factory) -> Callable[..., dict[str, str]]:
+    """The environment for a process in which, from the n-th time on, fsync of a file fails."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if sys.platform != "linux" or not compiler:
+        pytest.skip("needs Linux and a C compiler")
+    library = tmp_path_factory.mktemp("fsync") / "fsync.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-xc", "-", "-o", library], input=FAILING_FSYNC,
+                   text=True, check=True)
+    return lambda name, call=1: {"LD_PRELOAD": str(library), "BROKEN_FILE": name,
+                                 "BROKEN_CALL": str(call)}
+
+
+@pytest.mark.parametrize("name, call", [
+    ("ckpt.pt.", 2), ("metrics.jsonl", 6)], ids=["checkpoint", "log"])
+def test_a_disk_that_fails_at_the_last_moment_leaves_the_checkpoints_that_were_written(
+        name, call, broken_disk, train, whole, tmp_path):
+    done = train(tmp_path, launcher=("-u",), status=2, **broken_disk(name, call))
+    assert re.fullmatch(r"error: .*Input/output error.*\n", done.stderr), done.stderr
+    assert saved_steps(tmp_path) == {"ckpt.pt": 8, "best.pt": 16 if name == "ckpt.pt." else 8,
+                                     **{f"ckpt_{i:08d}.pt": i for i in (4, 8, 12)}}
+    assert not list(tmp_path.glob("*.tmp"))
+    train(tmp_path)
+    assert differences(tmp_path, whole) == []
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "dataset.json", "meta.pkl"])
+def test_a_dataset_stays_as_it_was_if_the_disk_fails_at_the_last_moment(
+        name, broken_disk, text_dataset, tmp_path):
+    before = snapshot(copy(text_dataset, tmp_path))
+    done = run("-c", "import sys; from configurator import configure; configure({}, [])\n"
+               "from pathlib import Path; from data.encode import write_text_dataset as write\n"
+               "from data.tokenizer import CharTokenizer\n"
+               "write(Path(sys.argv[1]), 'other letters', CharTokenizer.meta_of('other letters'))",
+               tmp_path, **broken_disk(f"/{name}."))
+    assert done.returncode == 2 and re.fullmatch("error: .*Input/output error.*\n", done.stderr)
     assert snapshot(tmp_path) == before
 
 
