@@ -289,7 +289,7 @@ def _report_and_exit(kind: type, error: BaseException, trace: TracebackType) -> 
     except OSError:  # discard the output, so that Python's own flush at the end cannot fail
         _discard_output()
     if message and os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(1)  # if rank 0 has the same error, torchrun ends this process meanwhile
+        time.sleep(5)  # if rank 0 has the same error, torchrun ends this process meanwhile
     if message:
-        print(f"error: {message}", file=sys.stderr)
+        print("error:", *message.split(), file=sys.stderr)  # in one line
     raise SystemExit(status)

@@ -564,8 +564,8 @@ class GPT(nn.Module):
         are not those of the config."""
         n_weights = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor))
         if config.min_num_params() > n_weights:  # it may not even fit into memory
-            raise ValueError(f"{source} holds {n_weights:,} weights, but its model_args are of a "
-                             f"model of {config.min_num_params():,}")
+            raise ValueError(f"{source} holds {n_weights:,} weights, but its settings are those of "
+                             f"a model of at least {config.min_num_params():,}")
         model = cls(config)
         model.load_weights(state, source)
         return model

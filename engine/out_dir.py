@@ -51,7 +51,7 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, model: GPT, n_numbered: 
         return lock
     except OSError as error:
         raise UserError(f"cannot write to out_dir = {out_dir!r}: {error.strerror} "
-                        f"({error.filename})") from None
+                        f"({error.filename or folder})") from None
 
 
 def _temporary_files(folder: Path) -> list[Path]:

@@ -120,7 +120,7 @@ def is_refused(command: str, name: str, value: object) -> bool:
 def settings() -> list[tuple[str, str]]:
     """All settings of all scripts, with a command of each."""
     return [(command, name) for command in COMMANDS for name in settings_of(command)[0]
-            if name not in SKIPPED]
+            if name not in SKIPPED and (command, name) != ("plan", "device")]
 
 
 def setting(rng: random.Random, template: Path) -> Case:
@@ -140,7 +140,7 @@ def setting_case(command: str, name: str, rng: random.Random) -> Case:
             if not str(arg).startswith(f"--{name}=")]
     return Case(f"{command}: {name} = {text:.30}{' in a config file' * by_file}",
                 [*args, "conf.py" if by_file else f"--{name}={text}"],
-                [name, text.strip() or name, *(["the text"] if name == "start" else [])],
+                [name, text.strip() or name, "file name", *(["the text"] * (name == "start"))],
                 lambda folder: by_file and (folder / "conf.py").write_text(f"{name} = {text}\n"),
                 is_refused(command, name, value), may_diverge=True)
 
@@ -275,7 +275,7 @@ def value(rng: random.Random, template: Path) -> Case:
             (folder / "out/best.pt").unlink()
 
     return Case(f"{command}: in {name}, {'/'.join(map(str, keys))} is {what}", arguments(command),
-                [Path(name).name, *([keys[1]] if keys[0] == "config" and keys[1:] else [])], change,
+                [Path(name).name, "gpt holds", *(keys[1:2] if keys[0] == "config" else [])], change,
                 harmful, may_diverge=True)
 
 

@@ -124,7 +124,8 @@ CASES = {
         "resume", ["ckpt.pt", "14 characters", "the dataset", "same tokenizer"],
         {"data/meta.pkl": pickle.dumps(CharTokenizer.meta_of("quick brown"))}),
     "a checkpoint without a tensor": Case(
-        "resume", ["ckpt.pt", "holds 5,904 weights", "6,624"], edited(lambda c: c["model"].pop(C_FC))),
+        "resume", ["ckpt.pt", "holds 5,904 weights", "6,624"],
+        edited(lambda c: c["model"].pop(C_FC))),
     "a checkpoint with a weight that is nan": Case(
         "sample", ["ckpt.pt", C_FC, "finite"],
         edited(lambda c: c["model"][C_FC].fill_(float("nan")))),

@@ -117,7 +117,7 @@ def test_a_flipped_bit_in_a_tensor_or_one_that_marks_it_as_a_folder_is_refused(s
     {"n_head": 3}, {"windows": 3}, {"n_layer": "two"}, {"n_layer": 10**9}, {"n_embd": 2**70},
     {"n_embd": 16.0}, {"vocab_size": None}])
 def test_model_args_of_no_model_are_named(path, contents, args):
-    with pytest.raises(ValueError, match=f"ckpt.pt.*({next(iter(args))}|model_args)"):
+    with pytest.raises(ValueError, match=f"ckpt.pt.*({next(iter(args))}|settings)"):
         GPT.from_checkpoint(contents | {"model_args": SHAPE | args}, source=path)
 
 

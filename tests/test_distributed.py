@@ -313,6 +313,13 @@ def test_gradients_are_sent_once_a_step_at_the_last_micro_step(scenarios, launch
         assert sent == [f"{i} {last}" for i in range(8, 16)]
 
 
+def test_a_mistake_is_printed_by_one_of_the_processes(launcher):
+    for mistake in ("--n_embd=15", f"--dataset={launcher.folder / 'none'}"):
+        error, = errors(launcher.torchrun(3, "mistake", mistake, status=1))
+        assert mistake.strip("-")[:6] in error or "prepare the dataset" in error
+    assert not (launcher.folder / "mistake").exists()
+
+
 def test_rank_0_alone_prints_and_writes(scenarios):
     done = scenarios["by_two"].result()  # which succeeded, although rank 1 could not write
     lines = done.stdout.splitlines()
