@@ -182,9 +182,6 @@ results |= {
 
 # ----------------------------------------------------------------------------------------- timing
 
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of resource.getrusage
-
-
 def time_interleaved(fns: dict[str, Callable]) -> dict[str, list[float]]:
     """Seconds per call of each function, by name. A round calls all of them; the first, a warm-up,
     does not count. Records the FLOP/s of a matrix product and the bytes/s of a memory read."""
@@ -222,7 +219,8 @@ def peak_memory() -> int | None:
     if not find_spec("resource"):
         return None
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # ------------------------------------------------------------------------------------------ peers
@@ -372,26 +370,18 @@ if "data" in modes:
                      for p in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
     starts = np.random.default_rng(seed).integers(0, len(source) - 5000, int(input_mb * 200))
     texts = [source[i:i + 5000] for i in starts]
-    # A small process starts prepare.py: on Linux, peak memory begins at that of the parent.
-    starter = ("import subprocess, sys\n"
-               "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)\n"
-               "if sys.platform != 'win32':\n"
-               "    import resource\n"
-               "    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
-    bpe, peaks = GPT2Tokenizer().bpe, []
+    bpe = GPT2Tokenizer().bpe
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "input.jsonl"
         file.write_text("".join(dumps({"text": text}) + "\n" for text in texts))
         input_mb = file.stat().st_size / 1e6
-        command = [sys.executable, "-c", starter, sys.executable,
-                   ROOT / "data" / "openwebtext" / "prepare.py", f"--input={file}",
+        command = [sys.executable, ROOT / "data" / "openwebtext" / "prepare.py", f"--input={file}",
                    f"--out_dir={folder}/out"]
         seconds = time_interleaved({
-            "ours": lambda: peaks.append(int(subprocess.check_output(command) or 0)),
+            "ours": lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL),
             "tiktoken": lambda: bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())})
     dt = median(seconds["ours"])
     record("data", input_mb=input_mb, seconds=dt, mb_per_s=input_mb / dt,
-           peak_memory_mb=max(peaks) * RSS_UNIT / 1e6 or None,  # of the largest process
            of_tiktoken=dt / median(seconds["tiktoken"]))
 
 write_results()

@@ -138,7 +138,6 @@ def test_preparing_data_is_compared_with_tiktoken(tmp_path):
     assert data["input_mb"] == pytest.approx(1, rel=0.1)
     assert data["mb_per_s"] == pytest.approx(data["input_mb"] / data["seconds"])
     assert data["of_tiktoken"] > 0
-    assert data["peak_memory_mb"] > 10
 
 
 @pytest.mark.parametrize("args, words", [
