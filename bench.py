@@ -143,7 +143,7 @@ def write_results() -> None:
 if runtime.dist_info()[1] > 1:
     raise UserError("bench.py measures one process: start it without torchrun")
 path = bins.dataset_folder(dataset) / "train.bin"
-has_data = real_data and path.exists()
+has_data = real_data and os.path.lexists(path)
 meta = load_meta(path.parent) if has_data else None  # None for GPT-2 BPE
 vocab_size = meta["vocab_size"] if meta else 50304  # 50,257, padded to a multiple of 64
 torch.manual_seed(seed)

@@ -587,7 +587,10 @@ class GPT(nn.Module):
             if file.is_file():
                 return cls.from_checkpoint(read_file(file), override_args, source=file)
         model_args, state = read_hugging_face(name_or_path)
-        config = GPTConfig(**model_args | (override_args or {}))
+        try:
+            config = GPTConfig(**model_args | (override_args or {}))
+        except ValueError as error:
+            raise ValueError(f"{name_or_path}: {error}") from None
         return cls.from_state_dict(config, state, source=name_or_path)
 
     def save_pretrained(self, folder: str | Path, eos_token_id: int | None = None) -> None:

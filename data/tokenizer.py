@@ -176,8 +176,9 @@ def load_meta(folder: Path) -> dict | None:
         check_meta(meta, path)
     recorded = dataset_record(folder).get("tokenizer", tokenizer_name(meta))
     if recorded != tokenizer_name(meta):
-        raise UserError(f"{folder} has the files of the tokenizer {tokenizer_name(meta)}, but its "
-                        f"dataset.json names {recorded!r:.20}: prepare the dataset again")
+        raise UserError(f"{folder}/dataset.json names the tokenizer {recorded!r:.20}, but meta.pkl "
+                        f"and tokenizer.json, or their absence, {tokenizer_name(meta)!r}: prepare "
+                        f"the dataset again")
     return meta
 
 

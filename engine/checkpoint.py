@@ -80,8 +80,6 @@ def load(path: Path, mmap: bool = False) -> dict:
 def has_valid_range(name: str, value: object) -> bool:
     """Whether the value of a part in NEW_RUN, whose type is right, is one that a run can have."""
     def is_number(value: object) -> bool:
-        if isinstance(value, torch.Tensor) and value.numel() == 1:  # as other trainers save losses
-            value = value.item()
         return type(value) in (int, float) and value >= 0 and (
             type(value) is float or value < 2**63)  # so not nan
 
@@ -90,6 +88,8 @@ def has_valid_range(name: str, value: object) -> bool:
                    and is_number(record["iter"]) and is_number(record.get("val_loss"))
                    and all(v is None or type(v) in (int, float) for v in record.values())
                    for record in value)
+    if name == "best_val_loss" and isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()  # as other trainers save it
     return name == "command" or is_number(value)
 
 
@@ -132,7 +132,7 @@ def load_to_resume(out_dir: str, init_from: str) -> dict | None:
 def path_to_sample(out_dir: str) -> Path:
     """The checkpoint with the lowest validation loss, or else the latest."""
     best = Path(out_dir) / BEST
-    return best if os.path.exists(best) else Path(out_dir) / LATEST
+    return best if os.path.lexists(best) else Path(out_dir) / LATEST
 
 
 # ------------------------------------------------------------------------- model and vocabulary

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from configurator import UserError
+from configurator import UserError, regular_file
 from data.bins import free_disk_bytes
 from engine.checkpoint import BEST, LATEST, NUMBERED, latest
 from model import GPT
@@ -43,7 +43,7 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, model: GPT, n_numbered: 
             print(f"{folder} cannot be locked ({error.strerror}): let no two runs share it")
         if iter_num is not None and latest(out_dir)[1] != iter_num:
             raise UserError(f"another run continued in {folder} at the same time: start again")
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        regular_file(owner).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         for path in _temporary_files(folder):
             path.unlink()
         if iter_num is None:
