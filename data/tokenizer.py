@@ -172,7 +172,7 @@ def load_meta(folder: Path) -> dict | None:
     except Exception as error:  # a broken pickle can raise nearly anything
         raise UserError(f"cannot read {path} ({type(error).__name__}: {error}): prepare the "
                         f"dataset again") from None
-    if meta is not None:
+    else:
         check_meta(meta, path)
     recorded = dataset_record(folder).get("tokenizer", tokenizer_name(meta))
     if recorded != tokenizer_name(meta):

@@ -34,7 +34,7 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, model: GPT, n_numbered: 
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            name = owner.read_text(encoding="utf-8") if owner.exists() else "just started"
+            name = owner.read_text() if owner.exists() else "just started"
             raise UserError(f"out_dir = {out_dir!r} is in use by another run ({name}): wait for "
                             f"its end, or choose another out_dir") from None
         except OSError as error:
@@ -43,7 +43,7 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, model: GPT, n_numbered: 
             print(f"{folder} cannot be locked ({error.strerror}): let no two runs share it")
         if iter_num is not None and latest(out_dir)[1] != iter_num:
             raise UserError(f"another run continued in {folder} at the same time: start again")
-        regular_file(owner).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        regular_file(owner).write_text(f"process {os.getpid()} on {socket.gethostname()}")
         for path in _temporary_files(folder):
             path.unlink()
         if iter_num is None:
