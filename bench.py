@@ -22,7 +22,7 @@ import os
 import sys
 from importlib.util import find_spec
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for python -I
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # for python -I
 
 from configurator import ROOT, UserError, check, check_choice, configure, user_errors
 
@@ -69,7 +69,7 @@ gradient_accumulation_steps = 5 * 8  # micro-batches per step, likewise
 
 config, _ = configure(globals(), also_accept=ROOT / "train.py")
 check(globals(), "rounds is None or rounds >= 1", "json != ''", "1 <= input_mb <= 10**5",
-      "batch_size is None or batch_size >= 1", "1 <= block_size <= 10**9", "1 <= n_layer <= 10**4",
+      "batch_size is None or batch_size >= 1", "1 <= block_size <= 10**9", "1 <= n_layer <= 1000",
       "n_head >= 1", "1 <= n_embd <= 10**6", "0 <= dropout < 1", "num_samples >= 1",
       "new_tokens >= 1", "num_samples * new_tokens <= 10**8", "top_k >= 1",
       "0 <= seed < 2**64", "gradient_accumulation_steps >= 1", "max_iters >= 1",
@@ -89,7 +89,6 @@ if json and (not os.path.isdir(os.path.dirname(os.path.abspath(json)))
 if peer == "transformers" and not find_spec("transformers"):
     raise UserError("peer = 'transformers' needs it: pip install -r requirements-dev.txt")
 
-import errno
 import itertools
 import platform
 import subprocess
@@ -150,7 +149,8 @@ torch.manual_seed(seed)
 with user_errors(), torch.device("meta" if mode == "plan" else "cpu"):
     model_config = GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)})
     if mode != "plan":
-        runtime.check_memory(model_config, (batch_size or 1) * block_size, device)
+        runtime.check_memory(model_config, (batch_size or 1) * block_size * ("train" in modes),
+                             device, bytes_per_weight=4)
     model = GPT(model_config)
 if mode == "plan":
     record("plan", **plan(model, gpu, n_gpus, gpu_memory_gb, dtype, optimizer, batch_size or 12,
@@ -337,7 +337,7 @@ if "train" in modes:
         with bins.atomic_write(Path("bench_trace", f"{time.time():.0f}.pt.trace.json")) as file:
             profiler.export_chrome_trace(file.name)
             if not Path(file.name).read_bytes().rstrip().endswith(b"}"):
-                raise OSError(errno.EIO, "the profiler did not write all of it")
+                raise UserError("the profiler did not write all of bench_trace/: make room")
         print("trace in bench_trace/: open it at https://ui.perfetto.dev")
     net = opt = fns = peer_model = peer_opt = None  # free their memory
 

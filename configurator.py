@@ -11,7 +11,6 @@ library is imported here, so that a mistyped setting is reported before torch is
 import builtins
 import difflib
 import errno
-import numbers
 import os
 import re
 import sys
@@ -30,7 +29,7 @@ TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a finite num
 LARGEST = {int: 2**64 - 1, float: sys.float_info.max}
 WORDS = {"none": None, "true": True, "false": False}
 RENAMED = {"decay_fraction": "cooldown_frac"}  # settings of earlier versions
-PLAIN_TEXTS = {"start", "stop"}  # in the other texts, a leading ~ is the home folder
+NOT_PATHS = {"start", "stop"}  # texts in which a leading ~ is kept
 
 
 class UserError(Exception):
@@ -79,12 +78,13 @@ def configure(settings: dict, argv: list[str] | None = None, also_accept: Path |
             _check_name(name, types, "setting")
             if not equals:
                 raise UserError(f"--{name} has no value: write --{name}={defaults[name]}")
-            if str in types[name] and name not in PLAIN_TEXTS:
-                text = os.path.expanduser(text)  # the shell does not, within --name=~/folder
             overrides[name] = _convert(name, _parse(text, types[name]), types[name])
         else:
             found = _run_config(arg, defaults | overrides, ignored)
             overrides |= fit_types(settings, found, arg)
+    for name, value in overrides.items():
+        if isinstance(value, str) and name not in NOT_PATHS:
+            overrides[name] = os.path.expanduser(value)  # the shell leaves --name=~/folder
     settings.update(overrides)
     changed = [f"{k}={v!r}" for k, v in overrides.items() if v != defaults[k]]
     if changed:
@@ -113,15 +113,15 @@ def _replace_closed_streams() -> None:
     gets their number, and the errors that C code prints."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            null = open(os.devnull, "r+")  # noqa: SIM115
+            null = open(os.devnull, "r+", errors="backslashreplace")  # noqa: SIM115
             os.dup2(null.fileno(), number)
             setattr(sys, name, null)
 
 
 def regular_file(path: Path) -> Path:
-    """The same path. Raises OSError if it is a folder, or a pipe that would be waited for."""
+    """The path. Raises OSError if a folder is there, or a pipe or device, which may have no end."""
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file, but a folder, pipe or device", str(path))
     return path
 
 
@@ -194,7 +194,7 @@ def _run_config(arg: str, current: dict, ignored: dict) -> dict:
     try:
         exec(compile(source, str(path), "exec"), namespace)
     except BaseException as error:  # GeneratorExit and SystemExit, too
-        message = " ".join(traceback.format_exception_only(error)[-1].split())
+        message = " ".join("".join(traceback.format_exception_only(error)).split())
         raise UserError(f"config file {path} failed with {message:.500}") from None
     return {name: value for name, value in namespace.items() if name in current or not (
         name.startswith("_") or name in ignored or callable(value)
@@ -232,8 +232,8 @@ def _convert(name: str, value: object, types: tuple[type, ...]) -> object:
     """A value as one of a setting's types: int becomes float, 0 and 1 bool, 6e5 int; a number of
     numpy becomes one of Python."""
     given = value
-    if type(value) not in TYPE_NAMES and isinstance(value, numbers.Real):
-        value = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if type(value).__module__ == "numpy" and not getattr(value, "ndim", 0):
+        value = value.item()
     if type(value) is int and float in types and abs(value) <= LARGEST[float]:
         value = float(value)
     elif type(value) is int and bool in types and value in (0, 1):
@@ -251,7 +251,7 @@ def _convert(name: str, value: object, types: tuple[type, ...]) -> object:
         found = "a number of very many digits"
     expected = " or ".join(TYPE_NAMES[t] for t in types)
     if kind in types:
-        expected += {int: " below 2**64", str: " in UTF-8"}.get(kind, "")
+        expected += {int: " of at most 64 bits", str: " in UTF-8, without NUL"}.get(kind, "")
     raise UserError(f"{name} = {found} is {type(given).__name__}: expected {expected}")
 
 
@@ -291,5 +291,6 @@ def _report_and_exit(kind: type, error: BaseException, trace: TracebackType) -> 
     if message and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(5)  # if rank 0 has the same error, torchrun ends this process meanwhile
     if message:
-        print("error:", *message.split(), file=sys.stderr)  # in one line
+        with suppress(OSError):  # stderr is full or gone
+            print("error:", *message.split(), file=sys.stderr)  # in one line
     raise SystemExit(status)

@@ -83,7 +83,7 @@ class GPTConfig:
                              f"need an even head width")
 
     def min_num_params(self) -> int:
-        """Number of parameters in matrices and embeddings, nearly all that the network has."""
+        """Number of parameters in matrices and embeddings: a lower bound for the network."""
         n_embeddings = self.vocab_size + (self.block_size if self.positions == "learned" else 0)
         return (12 * self.n_layer * self.n_embd + n_embeddings) * self.n_embd
 
@@ -553,17 +553,10 @@ class GPT(nn.Module):
         try:
             args, state = checkpoint["model_args"] | (override_args or {}), checkpoint["model"]
             config = GPTConfig.from_model_args(args)
-        except (KeyError, TypeError, ValueError) as error:
+            n_weights = sum(t.numel() for t in state.values())
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{source} holds no model: {error}") from None
-        return cls.from_state_dict(config, state, source)
-
-    @classmethod
-    def from_state_dict(cls, config: GPTConfig, state: dict[str, torch.Tensor], source: object,
-                        ) -> "GPT":
-        """A model with the weights of a state dict. Raises ValueError, naming the source, if they
-        are not those of the config."""
-        n_weights = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor))
-        if config.min_num_params() > n_weights:  # it may not even fit into memory
+        if config.min_num_params() > 2 * n_weights + 10**6:  # it may not even fit into memory
             raise ValueError(f"{source} holds {n_weights:,} weights, but its settings are those of "
                              f"a model of at least {config.min_num_params():,}")
         model = cls(config)
@@ -587,11 +580,8 @@ class GPT(nn.Module):
             if file.is_file():
                 return cls.from_checkpoint(read_file(file), override_args, source=file)
         model_args, state = read_hugging_face(name_or_path)
-        try:
-            config = GPTConfig(**model_args | (override_args or {}))
-        except ValueError as error:
-            raise ValueError(f"{name_or_path}: {error}") from None
-        return cls.from_state_dict(config, state, source=name_or_path)
+        return cls.from_checkpoint({"model_args": model_args, "model": state}, override_args,
+                                   source=name_or_path)
 
     def save_pretrained(self, folder: str | Path, eos_token_id: int | None = None) -> None:
         """Write the model in Hugging Face's format of a GPT-2: config.json, model.safetensors and

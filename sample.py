@@ -13,7 +13,7 @@ goes to stdout, everything else to stderr.
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for python -I
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # for python -I
 
 from configurator import UserError, check, check_choice, configure, regular_file, user_errors
 
@@ -37,11 +37,14 @@ compile: bool | None = False  # torch.compile, which takes about a minute; None:
 
 configure(globals(), file=sys.stderr)
 rules = ["num_samples >= 1", "max_new_tokens >= 0", "temperature >= 0",
-         "num_samples * (max_new_tokens + 1) <= 10**8", "init_from != 'scratch'",
+         "num_samples * (max_new_tokens + 1) <= 10**8",
          "top_k is None or top_k >= 1", "top_p is None or 0 < top_p <= 1",
          "0.01 <= repetition_penalty <= 100", "start != ''", "stop != ''", "export != ''",
          "start is None or not interactive", "0 <= seed < 2**64"]
 check(globals(), *rules)
+if init_from in ("scratch", "auto"):
+    raise UserError(f"init_from = {init_from!r} is for train.py: give resume, gpt2*, a path, or "
+                    f"owner/name on the hub")
 
 import time
 from contextlib import redirect_stdout, suppress
@@ -74,7 +77,7 @@ with user_errors():
               file=sys.stderr)
         sys.exit()
 runtime.check_memory(model.config, num_samples * min(max_new_tokens, model.config.block_size),
-                     device)
+                     device, bytes_per_weight=2)
 with redirect_stdout(sys.stderr):
     rt = runtime.start(device, dtype, compile, model.config.n_embd, flops=0)
 # All weights in dtype: decoding is limited by reading them, and autocast would read float32.
@@ -90,7 +93,8 @@ tokenizer = get_tokenizer(meta)
 
 def sample(prompt: str) -> None:
     """Print continuations of a prompt, a single one as it is generated."""
-    idx = torch.tensor([tokenizer.encode(prompt)] * num_samples, device=rt.device)  # (B, T)
+    ids = torch.tensor([tokenizer.encode(prompt)], device=rt.device)  # (1, T)
+    idx = ids.repeat(num_samples, 1)  # (B, T)
     rows, texts, n_printed = [[] for _ in idx], [prompt] * num_samples, 0
     start_time = time.time()
     for step in model.stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty,
@@ -98,7 +102,10 @@ def sample(prompt: str) -> None:
         for row, token in zip(rows, step.tolist(), strict=True):
             row.append(token)
         if num_samples == 1 or stop or len(rows[0]) == max_new_tokens:
-            texts = [prompt + up_to_stop(tokenizer.decode(row)) for row in rows]
+            texts = [tokenizer.decode(row) for row in rows]
+            if stop:  # what follows it is left out
+                texts = ["".join(text.partition(stop)[:2]) for text in texts]
+            texts = [prompt + text for text in texts]
         if num_samples == 1:
             # The last character may lack bytes: it is printed when it is complete.
             print(texts[0].rstrip("\ufffd")[n_printed:], end="", flush=True)
@@ -112,12 +119,6 @@ def sample(prompt: str) -> None:
             print(text, end="\n---------------\n")
     n_tokens = sum(map(len, rows))
     print(f"{n_tokens / (time.time() - start_time):,.0f} tokens per second", file=sys.stderr)
-
-
-def up_to_stop(text: str) -> str:
-    """The text up to the end of `stop`, if that occurs."""
-    head, found, _ = text.partition(stop) if stop else (text, "", "")
-    return head + found
 
 
 def change_setting(command: str) -> None:

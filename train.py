@@ -12,7 +12,7 @@ import os
 import sys
 import time
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # for python -I
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # for python -I
 
 from configurator import RunError, UserError, check, check_choice, configure, print0, user_errors
 
@@ -80,7 +80,7 @@ start_time = time.time()
 rules = [
     "out_dir != ''", "eval_interval >= 0", "log_interval >= 1", "eval_iters >= 0",
     "keep_every >= 0", "sample_every >= 0", "gradient_accumulation_steps >= 1", "batch_size >= 1",
-    "block_size >= 1", "1 <= n_layer <= 10**4", "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1",
+    "block_size >= 1", "1 <= n_layer <= 1000", "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1",
     "gradient_accumulation_steps * batch_size <= 10**8", "eval_iters * batch_size <= 10**8",
     "learning_rate > 0", "max_iters >= 0", "weight_decay >= 0", "0 <= beta1 < 1",
     "0 <= beta2 < 1", "muon_lr > 0", "0 <= muon_momentum < 1",
@@ -135,7 +135,8 @@ train_tokens = bins.open_bin(folder / "train.bin", block_size)
 val_tokens = bins.open_bin(folder / "val.bin", block_size)
 meta = load_meta(folder)  # None for GPT-2 BPE
 val_bytes = dataset_record(folder).get("val_bytes")
-bytes_per_token = val_bytes / len(val_tokens) if type(val_bytes) is int else None
+is_known = type(val_bytes) is int and 0 < val_bytes < 2**63
+bytes_per_token = val_bytes / len(val_tokens) if is_known else None
 vocab_size = meta["vocab_size"] if meta else 50304  # 50,257, padded to a multiple of 64
 tokenizer = get_tokenizer(meta) if sample_every else None
 
@@ -143,12 +144,14 @@ tokenizer = get_tokenizer(meta) if sample_every else None
 
 torch.manual_seed(seed)
 with user_errors():
+    model_config = GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)})
+    # In training, a gradient and a moment or more for each weight, in float32.
+    runtime.check_memory(model_config, 0 if eval_only else batch_size * block_size, device,
+                         bytes_per_weight=4 if eval_only else 12)
     if resumed:
         model = GPT.from_checkpoint(resumed, {"dropout": dropout}, resumed["path"])
         checkpoint.check_tokenizer(checkpoint.meta_of(resumed), meta, resumed["path"], dataset)
     elif init_from in ("scratch", "auto"):
-        model_config = GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)})
-        runtime.check_memory(model_config, batch_size * block_size, device, bytes_per_weight=16)
         model = GPT(model_config)
     else:
         model, model_meta = checkpoint.load_pretrained(init_from, dropout)
@@ -293,6 +296,8 @@ def evaluate() -> dict | None:
 
 def write_sample() -> str:
     """A text that the model writes, to see what it has learned."""
+    if not weights_are_finite():
+        raise diverged(f"the weights after {iter_num} steps, or their loss, are not finite")
     runtime.seed_torch(SAMPLE, seed, iter_num)
     idx = torch.tensor([tokenizer.encode(tokenizer.default_prompt)], device=rt.device)  # (1, T)
     model.eval()
@@ -323,7 +328,7 @@ def save(name: str) -> None:
     """Write a checkpoint, unless the run has diverged."""
     if not weights_are_finite():
         raise diverged(f"the weights after {iter_num} steps, or their loss, are not finite")
-    if rt.is_main:
+    if rt.rank == 0:
         metrics.sync()
         checkpoint.save(Path(out_dir) / name, {
             "model": model.state_dict(), "optimizer": opt.state_dict(),
@@ -382,7 +387,7 @@ if not eval_only:
     stopwatch.read()
     opt.zero_grad(set_to_none=True)
     weights_are_finite()
-    if rt.is_main:
+    if rt.rank == 0:
         check_loggers(config)
         n_numbered = max(0, max_iters // keep_every - iter_num // keep_every) if keep_every else 0
         lock = prepare_out_dir(  # held until the process ends
@@ -421,7 +426,7 @@ while True:
             saved_iter = iter_num
     if keep_every and iter_num > 0 and iter_num % keep_every == 0 and not stop:
         save(checkpoint.numbered_name(iter_num))
-    if sample_every and iter_num > 0 and iter_num % sample_every == 0 and rt.is_main and not stop:
+    if sample_every and iter_num > 0 and iter_num % sample_every == 0 and rt.rank == 0 and not stop:
         metrics.sample(iter_num, write_sample())
     if iter_num >= max_iters or stop:
         break

@@ -46,7 +46,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         regular_file(path).parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
-            if not file.closed:  # else the caller has done this
+            if not file.closed:  # by dataset_writer, which has flushed it
                 flush_to_disk(file)
         os.replace(temporary, path)
     except OSError as error:
@@ -58,6 +58,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def flush_to_disk(file: BinaryIO) -> None:
+    """Raise OSError now for what the disk would refuse later."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -86,11 +87,13 @@ def dataset_writer(folder: Path, meta: dict | None) -> Iterator[Callable[[str, b
     kind = tokenizer_name(meta)
     extra = {"char": ["meta.pkl"], "bpe": ["tokenizer.json"]}.get(kind, [])
     earlier = [folder / name for name in ("meta.pkl", "tokenizer.json") if name not in extra]
-    if any(path.is_dir() for path in earlier):
-        raise UserError(f"{' or '.join(map(str, earlier))} is a folder: move it away")
+    for path in earlier:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: move it away")
     with ExitStack() as stack:
+        # The last one is renamed first.
         files = {name: stack.enter_context(atomic_write(folder / name))
-                 for name in ("train.bin", "val.bin", *extra, "dataset.json")}  # renamed from last
+                 for name in ("train.bin", "val.bin", *extra, "dataset.json")}
         ours = Path(files["train.bin"].name)
         others = [path for path in folder.glob("train.bin.*.tmp") if path != ours]
         if others:

@@ -93,7 +93,7 @@ def local_documents(paths: Iterable[Path]) -> Iterator[Document]:
             with open_file(path) as file:
                 yield from read.get(kind(path), text_documents)(path, file)
         except (OSError, ValueError, EOFError, zlib.error) as error:
-            raise UserError(f"cannot read {path}: {first_line(error)}") from None
+            raise UserError(f"cannot read {path}: {error!s:.200}") from None
 
 
 def jsonl_documents(path: Path, file: BinaryIO) -> Iterator[Document]:
@@ -165,7 +165,7 @@ def hub_dataset(repository: str) -> Iterable[dict]:
         try:
             return load_dataset(repository, revision=revision, split="train", streaming=True)
         except Exception as error:  # whatever it is, the other revision may load
-            tried.append(f"{revision} ({type(error).__name__}: {first_line(error)})")
+            tried.append(f"{revision} ({type(error).__name__}: {error!s:.200})")
     raise UserError(f"{repository} could not be loaded from the Hugging Face hub; tried "
                     f"{' and '.join(tried)}; if you have the files, give them with --input=")
 
@@ -176,7 +176,7 @@ def hub_documents(rows: Iterable[dict]) -> Iterator[Document]:
         for number, row in enumerate(rows, start=1):
             yield Document(row["text"], f"the hub's row {number}")
     except Exception as error:  # OSError, or the HTTP client's own classes
-        raise UserError(f"the Hugging Face hub stopped answering ({first_line(error)}): "
+        raise UserError(f"the Hugging Face hub stopped answering ({error!s:.200}): "
                         f"nothing was written, run this again") from None
 
 
@@ -194,16 +194,13 @@ def read_text(path: Path, url: str | None) -> str:
         try:
             response = requests.get(url, timeout=60)
             response.raise_for_status()
-        except requests.RequestException as error:
+            response.content.decode()
+        except (requests.RequestException, UnicodeDecodeError) as error:
             raise UserError(f"cannot download {url} ({type(error).__name__}): download it yourself "
                             f"to {path} and run this again") from None
         with atomic_write(path) as file:
             file.write(response.content)
-    text = "".join(document.text() for document in local_documents([path]))
+    text = END_OF_TEXT.join(document.text() for document in local_documents([path]))
     if len(text) < 10:
         raise UserError(f"{path} holds {len(text)} characters: put a text to train on there")
     return text
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -28,8 +28,8 @@ def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict
                   one_text: bool = False) -> None:
     """Write documents as a dataset: all its files, or none. Raises UserError.
 
-    meta: of the tokenizer. n_bytes: of text, if known. num_proc: worker processes, at most 61;
-    None: one per core. disk_bytes: estimated size of the files. one_text: the documents are the
+    meta: of the tokenizer. n_bytes: of text, if known. num_proc: worker processes; None: one
+    per core. disk_bytes: estimated size of the files. one_text: the documents are the
     parts of a text, with nothing between them.
     """
     from tqdm import tqdm
@@ -46,7 +46,8 @@ def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another "
                         f"folder") from None
 
-    n_workers = min(num_proc or os.cpu_count(), 61)  # as many as Windows can wait for
+    # Windows can wait for 61 processes.
+    n_workers = min(num_proc or os.cpu_count(), 61 if os.name == "nt" else 1000)
     if n_bytes is not None and n_bytes <= SMALL:
         pool = ThreadPoolExecutor(1)
     else:
@@ -71,7 +72,7 @@ def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict
                         "smaller --num_proc") from None
     finally:
         for process in multiprocessing.active_children():
-            process.kill()  # as `shutdown` waits for one that waits for a lock of a killed one
+            process.kill()  # one may wait for a lock of a killed one, and `shutdown` for it
         pool.shutdown(cancel_futures=True)
         if is_new and not any(folder.iterdir()):
             folder.rmdir()

@@ -178,7 +178,7 @@ def load_meta(folder: Path) -> dict | None:
     if recorded != tokenizer_name(meta):
         raise UserError(f"{folder}/dataset.json names the tokenizer {recorded!r:.20}, but meta.pkl "
                         f"and tokenizer.json, or their absence, {tokenizer_name(meta)!r}: prepare "
-                        f"the dataset again")
+                        f"the dataset again, or remove dataset.json if they are right")
     return meta
 
 

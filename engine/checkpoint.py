@@ -25,8 +25,8 @@ from model import GPT, HF_REPOSITORIES, GPTConfig, is_plain_float, read_file
 
 LATEST, BEST, NUMBERED = "ckpt.pt", "best.pt", "ckpt_[0-9]*.pt"
 GPT2_VOCAB_SIZE = 50257
-TYPES = {"model": dict, "model_args": dict, "config": dict, "optimizer": dict, "scaler": dict,
-         "iter_num": int, "history": list, "bad_steps": int, "command": str}
+TYPES = {"model": dict, "model_args": dict, "config": dict, "iter_num": int, "history": list,
+         "bad_steps": int, "command": str}
 NEW_RUN = {"iter_num": 0, "best_val_loss": math.inf, "history": [], "seconds": 0.0, "bad_steps": 0,
            "command": ""}
 START_SETTINGS = {"init_from", "out_dir", "eval_only"}  # these two kinds are not restored
@@ -66,31 +66,32 @@ def load(path: Path, mmap: bool = False) -> dict:
     wrong = [f"it lacks {' and '.join(sorted(missing))}"] if missing else [
         f"its {name} is {type(contents[name]).__name__}, not {kind.__name__}"
         for name, kind in TYPES.items() if not isinstance(contents.get(name, kind()), kind)]
-    contents = copy.deepcopy(NEW_RUN) | contents | {"path": path} if not wrong else {}
-    wrong += [f"{name} = {value!r:.100}" for name, value in contents.items()
-              if name in NEW_RUN and not has_valid_range(name, value)]
+    if not wrong:
+        contents = copy.deepcopy(NEW_RUN) | contents | {"path": path}
+        best = contents["best_val_loss"]
+        if is_plain_float(best) and best.numel() == 1:  # as other trainers save it
+            contents["best_val_loss"] = best.item()
+        wrong = [f"{name} = {contents[name]!r:.100}" for name in NEW_RUN
+                 if name not in ("history", "command") and not is_in_range(contents[name])]
+        wrong += [f"history has {record!r:.100}" for record in contents["history"]
+                  if not is_evaluation(record)]
     if wrong:
-        raise UserError(f"{path} is no checkpoint: {', '.join(wrong)}; give one that train.py "
-                        f"wrote")
+        raise UserError(f"{path} is damaged or no checkpoint: {', '.join(wrong)}; give another")
     if contents.get("meta") is not None:
         check_meta(contents["meta"], path)
     return contents
 
 
-def has_valid_range(name: str, value: object) -> bool:
-    """Whether the value of a part in NEW_RUN, whose type is right, is one that a run can have."""
-    def is_number(value: object) -> bool:
-        return type(value) in (int, float) and value >= 0 and (
-            type(value) is float or value < 2**63)  # so not nan
+def is_in_range(value: object) -> bool:
+    """Whether a value is a number from 0 on, not nan; an int also of less than 64 bits."""
+    return type(value) is float and value >= 0 or type(value) is int and 0 <= value < 2**63
 
-    if name == "history":
-        return all(isinstance(record, dict) and type(record.get("iter")) is int
-                   and is_number(record["iter"]) and is_number(record.get("val_loss"))
-                   and all(v is None or type(v) in (int, float) for v in record.values())
-                   for record in value)
-    if name == "best_val_loss" and isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = value.item()  # as other trainers save it
-    return name == "command" or is_number(value)
+
+def is_evaluation(record: object) -> bool:
+    """Whether a value can be the record of an evaluation."""
+    return (isinstance(record, dict) and type(record.get("iter")) is int
+            and is_in_range(record["iter"]) and is_in_range(record.get("val_loss"))
+            and all(v is None or type(v) in (int, float) for v in record.values()))
 
 
 # ----------------------------------------------------------------------------------- which file
@@ -238,7 +239,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
     if saved is None:
         raise UserError(f"{path} has no optimizer state to resume with: {new_run}")
     try:
-        params = [(name, p, {"momentum"} if "momentum" in group else {"exp_avg", "exp_avg_sq"})
+        params = [(name, p, ["momentum"] if "momentum" in group else ["exp_avg", "exp_avg_sq"])
                   for group in optimizer.param_groups
                   for name, p in zip(group["param_names"], group["params"], strict=True)]
         saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
@@ -250,12 +251,16 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
         for i, (name, p, keys) in enumerate(params):
             if saved_id[name] in saved["state"]:
                 state[i] = saved["state"][saved_id[name]]
-                for key in sorted(keys | {"step"}):
-                    shape = () if key == "step" else tuple(p.shape)
+                for key in keys:
                     t = state[i][key]
-                    if not is_plain_float(t) or t.shape != shape or not t.isfinite().all():
+                    if not is_plain_float(t) or t.shape != p.shape or not t.isfinite().all():
                         raise ValueError(f"{key} of {name} is not a tensor of finite numbers of "
-                                         f"shape {shape}")
+                                         f"shape {tuple(p.shape)}")
+                # A number before torch 1.12; in torch 2.0, of shape (1,).
+                step = torch.tensor(float(state[i]["step"]))
+                if not 0 <= step < math.inf:
+                    raise ValueError(f"step of {name} is {step}")
+                state[i] = state[i] | {"step": step}
         optimizer.load_state_dict(
             {"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if contents.get("scaler"):

@@ -138,10 +138,10 @@ class Metrics:
 
     def sync(self) -> None:
         """Flush all records to the disk, so that no checkpoint is ahead of them."""
-        for writer in self.writers.values():
-            writer.flush()
         if self.file:
             with disk_errors(self.file):
+                for writer in self.writers.values():
+                    writer.flush()
                 os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -158,8 +158,8 @@ class Metrics:
         if self.file:
             with disk_errors(self.file):
                 self.file.write(json.dumps(record) + "\n")
-        if self.writers:
-            self._to_tensorboard(record)
+                if self.writers:
+                    self._to_tensorboard(record)
         if self.wandb:
             self._to_wandb({NAMES[key]: value for key, value in record.items()
                             if key in NAMES and value is not None}, record["iter"])
@@ -201,19 +201,20 @@ def wandb_errors() -> Iterator[None]:
     except Exception as error:
         reason = " ".join((str(error) or type(error).__name__).split())
         raise UserError(f"Weights & Biases did not start ({reason:.200}): run `wandb login`, set "
-                        f"WANDB_MODE=offline, or mend wandb_project or the variable") from None
+                        f"WANDB_MODE=offline, or correct the setting or variable that is "
+                        f"named") from None
 
 
 @contextmanager
 def disk_errors(log: TextIO) -> Iterator[None]:
-    """Turn an OSError into a UserError, and close the log, metrics.jsonl."""
+    """Turn an OSError into a UserError, and close metrics.jsonl, which would fail again at exit."""
     try:
         yield
     except OSError as error:
         with suppress(OSError):  # close tries to write once more
             log.close()
         raise UserError(f"cannot write {error.filename or log.name}: {error.strerror}; the last "
-                        f"checkpoint is whole: mend this, and resume") from None
+                        f"checkpoint is whole: make room or repair this, and resume") from None
 
 
 def keep_records_before(path: Path, start_iter: int, history: list[dict]) -> None:

@@ -23,12 +23,6 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, model: GPT, n_numbered: 
     folder = Path(out_dir)
     try:
         _check_disk_space(folder, iter_num is None, model, n_numbered)
-        for path, is_right in ((folder / "metrics.jsonl", os.path.isfile),
-                               (folder / "tensorboard", os.path.isdir)):
-            if iter_num is not None and os.path.lexists(path) and not (
-                    is_right(path) and os.access(path, os.R_OK | os.W_OK)):
-                raise UserError(f"{path} cannot be continued: it is of another kind than train.py "
-                                f"writes, or has no permission; move it away to resume")
         folder.mkdir(parents=True, exist_ok=True)
         lock, owner = FileLock(folder / "lock"), folder / "lock.owner"
         try:

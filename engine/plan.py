@@ -1,5 +1,6 @@
 """What a training run on GPUs will take, by arithmetic: memory, time, money. Needs no GPU."""
 
+from bisect import bisect_right
 from functools import partial
 
 from configurator import UserError, check_choice
@@ -68,10 +69,8 @@ def plan(model: GPT, gpu: str, n_gpus: int, memory_gb: float | None, dtype: str 
 
     parts_of = partial(memory_by_part, model, dtype=dtype, optimizer=optimizer, n_gpus=n_gpus)
     accumulates = gradient_accumulation_steps > n_gpus
-    largest = 0
-    while (peak(parts_of(largest + 1), accumulates) <= USABLE * memory_gb * 1e9
-           and largest < 4096):
-        largest += 1
+    largest = bisect_right(range(1, 4097), USABLE * memory_gb * 1e9,
+                           key=lambda size: peak(parts_of(size), accumulates))
     parts = parts_of(batch_size)
     tokens_per_step = gradient_accumulation_steps * batch_size * model.config.block_size
     step_s = model.flops_per_token() * tokens_per_step / (n_gpus * peaks[dtype] * 1e12 * mfu)

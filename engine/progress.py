@@ -19,7 +19,7 @@ class Progress:
 
     def __init__(self, runtime: Runtime, initial: int, total: int):
         """initial: steps done before; total: steps of the whole run."""
-        self.is_main, self.total, self.bar = runtime.is_main, total, None
+        self.is_main, self.total, self.bar = runtime.rank == 0, total, None
         self.n_steps, self.first_end = 0, 0.0  # of this process
         self.step_start = self.last_print = time.monotonic()
         if self.is_main and sys.stderr.isatty() and find_spec("tqdm"):

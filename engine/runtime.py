@@ -60,14 +60,9 @@ class Runtime:
     device: torch.device
     dtype: str  # bfloat16 | float16 | float32
     compile: bool
-    rank: int = 0
+    rank: int = 0  # the process of rank 0 prints and writes
     world_size: int = 1
     timeout: timedelta = timedelta(minutes=10)  # of collectives
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process prints and writes."""
-        return self.rank == 0
 
     def autocast(self) -> AbstractContextManager:
         """Context in which forward passes run in `dtype`; weights stay float32."""
@@ -167,27 +162,25 @@ def check_machine(device: str | None, dtype: str | None, compile: bool | None) -
     choose_compile(compile, chosen, flops=0)
 
 
-def check_memory(config: GPTConfig, n_tokens: int, device: str | None, bytes_per_weight: int = 4,
+def check_memory(config: GPTConfig, n_tokens: int, device: str | None, bytes_per_weight: int,
                  ) -> None:
-    """Raise UserError if the weights are larger than the machine's memory, or the activations of
-    n_tokens than the device's, by arithmetic: filling it up would take minutes."""
-    if os.name != "posix":
-        return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    weights = bytes_per_weight * config.min_num_params()
-    if weights > memory:
-        raise UserError(f"n_layer = {config.n_layer}, n_embd = {config.n_embd}, block_size = "
-                        f"{config.block_size}: such a model takes at least {weights / 1e9:,.0f} "
-                        f"GB, but this machine has {memory / 1e9:,.0f}: choose a smaller one")
+    """Raise UserError if the weights, and the activations of n_tokens, are larger than the device's
+    memory, by arithmetic: the system would take minutes to end the process."""
     chosen = choose_device(device)
     if chosen.type == "cuda":
         memory = torch.cuda.get_device_properties(chosen).total_memory
+    elif os.name == "posix":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
     # At least the residual stream in training, and keys and values in sampling.
-    activations = 4 * n_tokens * config.n_layer * config.n_embd
-    if activations > memory:
-        raise UserError(f"a batch of {n_tokens:,} tokens takes at least {activations / 1e9:,.0f} "
-                        f"GB, but {chosen} has {memory / 1e9:,.0f}: choose a smaller batch_size, "
-                        f"block_size or num_samples")
+    needed = (bytes_per_weight * config.min_num_params()
+              + 4 * n_tokens * config.n_layer * config.n_embd)
+    if needed > memory:
+        raise UserError(f"n_layer = {config.n_layer}, n_embd = {config.n_embd}, block_size = "
+                        f"{config.block_size} and a batch of {n_tokens:,} tokens take at least "
+                        f"{needed / 1e9:,.0f} GB, but {chosen} has {memory / 1e9:,.0f}: choose "
+                        f"smaller sizes")
 
 
 def choose_device(device: str | None) -> torch.device:

@@ -26,7 +26,7 @@ input: str | None = None  # a file, a folder, or a glob of them; None: the hub
 out_dir: str | None = None  # folder of train.bin and val.bin; None: the folder of this file
 val_fraction = 0.0005  # fraction of the documents that is held out
 seed = 2357  # of the choice of these documents
-num_proc: int | None = None  # worker processes, at most 61; None: one per core
+num_proc: int | None = None  # worker processes; None: one per core
 
 REPOSITORY = "Skylion007/openwebtext"
 REPOSITORY_DOCUMENTS = 8_013_769

@@ -32,7 +32,7 @@ input: str | None = None  # files, folders or globs, with commas between them; -
 name: str | None = None  # of the dataset, as for train.py --dataset=
 tokenizer: str | None = None  # char | gpt2 | bpe:8000 (trained on the text); None: by size
 seed = 2357  # of the choice of the documents that are held out
-num_proc: int | None = None  # worker processes, at most 61; None: one per core
+num_proc: int | None = None  # worker processes; None: one per core
 
 CHAR_BYTES, CHARS = 20_000_000, 500  # up to these sizes, the default is char
 BLOCK = 1024 + 1  # tokens: the inputs of a block and its last target
@@ -58,13 +58,6 @@ def hold_out(documents: Iterable[Document], sizes: np.ndarray, block_bytes: int,
         for part, is_val in ((text[:-len(end)], False), (end, True)):
             for piece in pieces(part) if len(sizes) == 1 else filter(None, [part]):
                 yield Document(piece, document.place), is_val
-
-
-def choose_config(kind: str, n_tokens: int) -> tuple[str, int]:
-    """The config for a text of a size, and its block_size."""
-    if kind == "char":
-        return ("fast_shakespeare_char_cpu", 64) if n_tokens < 2e6 else ("fast_stdlib_char", 128)
-    return ("train_text_cpu", 128) if n_tokens < 1e7 else ("train_text", 1024)
 
 
 if __name__ == "__main__":  # worker processes import this file, too
@@ -113,7 +106,11 @@ if __name__ == "__main__":  # worker processes import this file, too
     n_train, n_val = (len(open_bin(folder / f"{split}.bin", 1)) for split in ("train", "val"))
     if n_val < BLOCK:
         print("the text is short: val.bin, at most half of it, has less than a block (1,024)")
-    config, block_size = choose_config(kind, n_train)
+    if kind == "char":  # a config for a text of this size, and its block_size
+        config, block_size = (("fast_shakespeare_char_cpu", 64) if n_train < 2e6 else
+                              ("fast_stdlib_char", 128))
+    else:
+        config, block_size = ("train_text_cpu", 128) if n_train < 1e7 else ("train_text", 1024)
     shorter = f" --block_size={n_val - 1}" if n_val <= block_size else ""
     print(f"next: python train.py config/{config}.py --dataset={name} "
           f"--out_dir=out-{name}{shorter}")
