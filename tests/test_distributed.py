@@ -314,9 +314,8 @@ def test_gradients_are_sent_once_a_step_at_the_last_micro_step(scenarios, launch
 
 
 def test_a_mistake_is_printed_by_one_of_the_processes(launcher):
-    for mistake in ("--n_embd=15", f"--dataset={launcher.folder / 'none'}"):
-        error, = errors(launcher.torchrun(3, "mistake", mistake, status=1))
-        assert mistake.strip("-")[:6] in error or "prepare the dataset" in error
+    error, = errors(launcher.torchrun(2, "mistake", "--n_embd=15", status=1))
+    assert "n_embd = 15" in error
     assert not (launcher.folder / "mistake").exists()
 
 
