@@ -23,6 +23,9 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, model: GPT, n_numbered: 
     folder = Path(out_dir)
     try:
         _check_disk_space(folder, iter_num is None, model, n_numbered)
+        log = regular_file(folder / "metrics.jsonl")
+        if iter_num is not None and log.exists():
+            open(log, "r+b").close()  # raises OSError if the run could not continue it
         folder.mkdir(parents=True, exist_ok=True)
         lock, owner = FileLock(folder / "lock"), folder / "lock.owner"
         try:
