@@ -145,10 +145,7 @@ def test_random_offsets_leave_room_for_a_block_and_its_last_target(n_tokens, dat
     assert offsets.dtype == np.int64
     assert offsets.shape == (20,)
     assert 0 <= offsets.min() <= offsets.max() <= n_tokens - block_size - 1
-
-
-def test_random_offsets_reach_every_block():
-    assert set(random_offsets(12, 4, 1000, (1337, 0)).tolist()) == set(range(8))
+    assert set(random_offsets(12, 4, 1000, key).tolist()) == set(range(8))
 
 
 def test_random_offsets_depend_on_the_key_alone():
@@ -210,24 +207,6 @@ def test_a_file_is_flushed_to_the_disk_before_it_is_renamed(tmp_path, monkeypatc
     assert calls == ["fsync", "replace"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
-@pytest.mark.parametrize("n_bytes", [200, 2_000_000])
-def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, n_bytes):
-    (tmp_path / "train.bin").write_bytes(b"old")
-    code = ("import resource, sys; from pathlib import Path; from data.bins import atomic_write\n"
-            "from configurator import configure; configure({'__file__': ''}, [])\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-            "with atomic_write(Path(sys.argv[1]) / 'train.bin') as file:\n"
-            f"    file.write(bytes({n_bytes}))")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], text=True, capture_output=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: cannot write {tmp_path}/train.bin: ")
-    assert done.stderr.count("\n") == 1
-    assert (tmp_path / "train.bin").read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["train.bin"]
-
-
 # -------------------------------------------------------------------------------- text and datasets
 
 @pytest.fixture
@@ -258,45 +237,22 @@ def serve(monkeypatch):
         server.server_close()
 
 
-def test_an_existing_text_is_not_downloaded(tmp_path):
-    text = f"{TEXT}one\r\ntwo\rthree\n"  # whose line endings are kept
-    (tmp_path / "input.txt").write_bytes(text.encode())
-    assert read_text(tmp_path / "input.txt", "http://127.0.0.1:9/never") == text
-
-
-def test_a_missing_text_is_downloaded_and_kept(tmp_path, serve):
-    assert read_text(tmp_path / "input.txt", serve(TEXT.encode())) == TEXT
-    assert (tmp_path / "input.txt").read_bytes() == TEXT.encode()
+def test_a_missing_text_is_downloaded_once_and_kept_as_it_is(tmp_path, serve):
+    text = f"{TEXT}one\r\ntwo\rthree\n"
+    for url in (serve(text.encode()), "http://127.0.0.1:9/never"):
+        assert read_text(tmp_path / "input.txt", url) == text
+    assert (tmp_path / "input.txt").read_bytes() == text.encode()
     assert [path.name for path in tmp_path.iterdir()] == ["input.txt"]
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x", "", "no address", "ftp://127.0.0.1/x"])
-def test_an_unreachable_or_wrong_url_leaves_no_file_and_says_what_to_do(tmp_path, monkeypatch, url):
-    monkeypatch.setenv("NO_PROXY", "*")
-    with pytest.raises(UserError, match="^cannot download") as caught:
-        read_text(tmp_path / "input.txt", url)
-    assert f"download it yourself to {tmp_path}/input.txt" in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("answer", [
-    {"body": b"not found", "status": 404},
-    {"body": b"busy" * 100, "status": 503},
-    {"body": TEXT.encode(), "promised": 10_000},
-], ids=["404", "503", "cut off"])
+    None, {"body": b"not found", "status": 404}, {"body": TEXT.encode(), "promised": 10_000},
+], ids=["unreachable", "404", "cut off"])
 def test_a_failed_download_leaves_no_file_and_says_where_to_put_one(tmp_path, serve, answer):
-    with pytest.raises(UserError, match=r"to /.*input\.txt"):
-        read_text(tmp_path / "input.txt", serve(**answer))
+    url = serve(**answer) if answer else "http://127.0.0.1:9/x"
+    with pytest.raises(UserError, match=f"^cannot download .* to {tmp_path}/input.txt"):
+        read_text(tmp_path / "input.txt", url)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("text, message", [
-    (b"0123456789 caf\xe9", "is not UTF-8 at byte 14"), (b"", "holds 0 characters"),
-    (b"123456789", "holds 9 characters")])
-def test_a_text_that_is_short_or_not_utf8_is_refused(tmp_path, text, message):
-    (tmp_path / "input.txt").write_bytes(text)
-    with pytest.raises(UserError, match=rf"input\.txt {message}"):
-        read_text(tmp_path / "input.txt", "")
 
 
 def test_a_character_dataset_is_the_first_90_percent_the_rest_and_the_vocabulary(tmp_path):
@@ -332,18 +288,6 @@ def test_a_token_file_that_was_cut_or_replaced_is_refused(tmp_path, name, change
         open_bin(tmp_path / name, block_size=8)
     (tmp_path / "dataset.json").unlink()
     assert len(open_bin(tmp_path / name, block_size=8)) == (len(content) + change) // 2
-
-
-@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.pkl", "dataset.json",
-                                  "tokenizer.json"])
-def test_what_is_no_regular_file_is_found_before_anything_is_written(tmp_path, name):
-    write_text_dataset(tmp_path, 10 * TEXT, CharTokenizer.meta_of(TEXT))
-    (tmp_path / name).unlink(missing_ok=True)
-    (tmp_path / name).mkdir()
-    before = snapshot(tmp_path)
-    with pytest.raises(UserError, match=rf"{name}.* (no regular file|is a folder)"):
-        write_text_dataset(tmp_path, 5 * TEXT, CharTokenizer.meta_of(TEXT))
-    assert snapshot(tmp_path) == before
 
 
 def test_a_second_process_that_writes_the_same_dataset_is_refused(tmp_path):

@@ -2,13 +2,12 @@
 
 import itertools
 import math
-import resource
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import snapshot, unequal
+from conftest import unequal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,23 +42,6 @@ def test_what_is_saved_is_what_is_loaded(path, contents):
     loaded = checkpoint.load(path)
     assert unequal({key: loaded[key] for key in contents}, contents) == []
     assert [file.name for file in path.parent.iterdir()] == ["ckpt.pt"]
-
-
-@pytest.mark.parametrize("space", [1000, 20000, 200000])  # bytes that still fit
-@pytest.mark.parametrize("size", [1, 100000])
-def test_a_disk_that_refuses_leaves_the_old_checkpoint_and_is_a_user_error(
-        path, contents, space, size):
-    contents["optimizer"] = torch.zeros(size)
-    checkpoint.save(path, contents)
-    before = snapshot(path.parent)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (min(space, path.stat().st_size - 1), hard))
-    try:
-        with pytest.raises(UserError, match="cannot write .*ckpt.pt"):
-            checkpoint.save(path, contents)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert snapshot(path.parent) == before
 
 
 # --------------------------------------------------------------------------- what is no checkpoint
@@ -113,24 +95,11 @@ def test_a_flipped_bit_in_a_tensor_or_one_that_marks_it_as_a_folder_is_refused(s
             checkpoint.load(path)
 
 
-@pytest.mark.parametrize("args", [
-    {"n_head": 3}, {"windows": 3}, {"n_layer": "two"}, {"n_layer": 10**9}, {"n_embd": 2**70},
-    {"n_embd": 16.0}, {"vocab_size": None}])
-def test_model_args_of_no_model_are_named(path, contents, args):
-    with pytest.raises(ValueError, match=f"ckpt.pt.*({next(iter(args))}|settings)"):
-        GPT.from_checkpoint(contents | {"model_args": SHAPE | args}, source=path)
-
-
 @pytest.mark.parametrize("change, words", [
-    ({"model": None}, "its model is NoneType, not dict"), ({"model_args": 5}, "its model_args is"),
-    ({"config": "n_layer=2"}, "its config is"), ({"iter_num": "many"}, "its iter_num is"),
-    ({"history": {"iter": 0}}, "its history is"), ({"meta": {"a": 1}}, "holds no vocab"),
-    ({"optimizer": 5}, "its optimizer is"), ({"iter_num": -5}, "iter_num = -5"),
-    ({"iter_num": 2**63}, "iter_num = 9223372036854775808"), ({"bad_steps": -1}, "bad_steps = -1"),
-    ({"seconds": 1j}, "seconds = 1j"), ({"seconds": math.nan}, "seconds = nan"),
-    ({"best_val_loss": (2,)}, r"best_val_loss = \(2,\)"), ({"history": [5]}, r"history = \[5\]"),
-    ({"history": [{"iter": 1.5, "val_loss": 2}]}, "history = "),
-    ({"history": [{"iter": 1, "val_loss": None}]}, "history = "),
+    ({"model_args": 5}, "its model_args is int, not dict"), ({"meta": {"a": 1}}, "holds no vocab"),
+    ({"iter_num": -5}, "iter_num = -5"), ({"iter_num": 2**63}, "iter_num = 9223372036854775808"),
+    ({"bad_steps": -1}, "bad_steps = -1"), ({"seconds": math.nan}, "seconds = nan"),
+    ({"best_val_loss": (2,)}, r"best_val_loss = \(2,\)"),
     ({"history": [{"iter": 1, "val_loss": 2, "lr": "x"}]}, "history = ")])
 def test_parts_of_another_type_or_range_are_a_user_error(path, contents, change, words):
     checkpoint.save(path, contents | change)
@@ -258,21 +227,16 @@ def test_state_of_another_model_or_optimizer_or_none_is_a_user_error(path, conte
     gpt = GPT.from_checkpoint(contents)
     ours = optimizers(gpt)
     adamw, muon = (after_a_step(gpt, ours[kind]) for kind in ("adamw", "muon"))
-    swapped = adamw["state"] | {0: adamw["state"][2], 2: adamw["state"][0]}
-    first = adamw["state"][0]
-    odd = adamw["state"] | {0: first | {"exp_avg_sq": first["exp_avg_sq"] * math.nan}}
-    lacking = adamw["state"] | {0: {"step": first["step"], "exp_avg": first["exp_avg"]}}
+    first, third = adamw["state"][0], adamw["state"][2]
+    nan = first | {"exp_avg": first["exp_avg"] * math.nan}
     smaller, larger = (optimizers(GPT(GPTConfig(**SHAPE | change)))["adamw"]
                        for change in ({"bias": False}, {"n_layer": 3}))
     for optimizer, saved, words in [
-            (ours["adamw"], adamw | {"state": swapped}, "exp_avg of .*wte.weight is not"),
-            (ours["adamw"], adamw | {"state": odd}, "exp_avg_sq of .*wte.weight is not .* finite"),
-            (ours["adamw"], adamw | {"state": lacking}, "'exp_avg_sq'"),
+            (ours["adamw"], adamw | {"state": {0: third}}, "exp_avg of .*wte.weight is not"),
+            (ours["adamw"], adamw | {"state": {0: nan}}, "exp_avg of .*wte.* is not .* finite"),
             (ours["muon"], adamw, "'momentum'"), (ours["adamw"], muon, "'exp_avg'"),
             (smaller, adamw, "other parameters"), (larger, adamw, "other parameters"),
-            (ours["adamw"], None, ""), (ours["adamw"], [1, 2], ""), (ours["adamw"], {}, ""),
-            (ours["adamw"], {"state": {}, "param_groups": [{}]}, ""),
-            (ours["adamw"], {"state": {0: 5}, "param_groups": [{"params": [0]}]}, "")]:
+            (ours["adamw"], None, "")]:
         with pytest.raises(UserError, match=f"optimizer state .*{words}.*: start a new run"):
             checkpoint.load_optimizer(optimizer, SCALER, {"path": path, "optimizer": saved})
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import re
 import subprocess
 import sys
@@ -161,12 +160,10 @@ def test_config_files_may_import_modules_and_define_functions(new, write):
 
 @pytest.mark.parametrize(("name", "text", "value"), [
     ("count", "-12", -12), ("count", "6e5", 600000), ("rate", "2", 2.0), ("rate", "1e-4", 1e-4),
-    ("name", "123", "123"), ("name", "a=b", "a=b"), ("name", "", ""), ("name", "True", "True"),
-    ("name", "None", "None"), ("name", "--count=4", "--count=4"), ("name", "\n é 日", "\n é 日"),
-    ("label", "7", "7"), ("label", "None", None), ("label", "none", "none"),
-    ("flag", "True", True), ("flag", "true", True), ("flag", "1", True),
-    ("maybe", "FALSE", False), ("maybe", "0", False), ("maybe", "None", None),
-    ("limit", "None", None), ("limit", "12", 12), ("ratio", "3", 3.0)])
+    ("name", "a=b", "a=b"), ("name", "", ""), ("name", "True", "True"), ("name", "None", "None"),
+    ("name", "\n é 日", "\n é 日"), ("label", "7", "7"), ("label", "None", None),
+    ("label", "none", "none"), ("flag", "true", True), ("flag", "1", True), ("maybe", "0", False),
+    ("maybe", "None", None), ("limit", "None", None), ("limit", "12", 12), ("ratio", "3", 3.0)])
 def test_arguments_become_values_of_the_settings_type(new, name, text, value):
     configure(new, [f"--{name}={text}"])
     assert (new[name], type(new[name])) == (value, type(value))
@@ -180,32 +177,26 @@ def test_values_of_a_config_file_become_the_settings_type(new, write):
     assert repr({name: new[name] for name in DEFAULTS}) == repr(expected)  # as 2 == 2.0
 
 
-@pytest.mark.parametrize(("name", "texts", "expected"), [
-    ("count", ["2.5", "abc", "", "True", "None", "inf", "nan"], "a whole number"),
-    ("rate", ["fast", "True", "None", "inf", "-inf", "nan", "1e999", 400 * "9", 5000 * "9"],
-     "a finite number"),
-    ("ratio", ["nan"], "a finite number or None"),
-    ("flag", ["2", "yes", "None"], "True or False"),
-    ("maybe", ["1.5"], "True or False or None"),
-    ("limit", ["1.5"], "a whole number or None")])
-def test_an_argument_of_a_wrong_type_says_what_was_expected(new, name, texts, expected):
-    for text in texts:
-        assert re.fullmatch(rf"{name} = .* is \w+: expected {expected}",
-                            error_of(new, f"--{name}={text}"))
+@pytest.mark.parametrize(("name", "text", "got", "expected"), [
+    ("count", "2.5", "2.5 is float", "a whole number"),
+    ("count", "True", "True is bool", "a whole number"),
+    ("rate", "nan", "nan is float", "a finite number"),
+    ("rate", "1e999", "inf is float", "a finite number"),
+    ("rate", 400 * "9", f"{400 * '9':.200} is int", "a finite number"),
+    ("flag", "2", "2 is int", "True or False"),
+    ("flag", "None", "None is NoneType", "True or False"),
+    ("maybe", "1.5", "1.5 is float", "True or False or None"),
+    ("limit", "x", "'x' is str", "a whole number or None")])
+def test_an_argument_of_a_wrong_type_says_what_was_expected_and_got(
+        new, name, text, got, expected):
+    assert error_of(new, f"--{name}={text}") == f"{name} = {got}: expected {expected}"
 
 
 @pytest.mark.parametrize(("text", "got", "expected"), [
-    ("count = 2.5", "2.5 is float", "a whole number"),
     ("count = '4'", "'4' is str", "a whole number"),
-    ("count = True", "True is bool", "a whole number"),
     ("count = 10**5000", "a number of very many digits is int", "a whole number below 2**64"),
-        ("count = -2**64", "-18446744073709551616 is int", "a whole number below 2**64"),
-        ("name = 'a\\0'", "'a\\x00' is str", "text in UTF-8"),
-        ("name = 'caf\\udce9'", "'caf\\udce9' is str", "text in UTF-8"),
-    ("count = [4]", "[4] is list", "a whole number"),
+    ("name = 'caf\\udce9'", "'caf\\udce9' is str", "text in UTF-8"),
     ("rate = float", "<class 'float'> is type", "a finite number"),
-    ("name = 123", "123 is int", "text"),
-    ("flag = 1.0", "1.0 is float", "True or False"),
     ("label = 5", "5 is int", "text or None")])
 def test_a_config_value_of_a_wrong_type_says_in_which_file_and_what_was_expected_and_got(
         new, write, text, got, expected):
@@ -222,16 +213,13 @@ def test_values_of_another_source_are_converted_or_refused_in_the_same_way(new):
 # ---------------------------------------------------------------------------------- wrong settings
 
 @pytest.mark.parametrize(("argument", "message"), [
-    ("--conut=4", "setting 'conut' does not exist (did you mean count?)"),
     ("--Count=4", "setting 'Count' does not exist (did you mean count?)"),
     ("--_private=4", "setting '_private' does not exist"),
     ("--CONSTANT=4", "setting 'CONSTANT' does not exist"),
     ("--listed=4", "setting 'listed' does not exist"),
-    ("--__file__=x", "setting '__file__' does not exist"),
     ("--decay_fraction=1", f"setting 'decay_fraction' is now {RENAMED['decay_fraction']}"),
     ("--count", "--count has no value: write --count=3"),
-    *((argument, f"no config file {argument!r}: arguments are config files and --key=value")
-      for argument in ("config/nothing.py", "-count=4", 300 * "a"))])
+    ("-count=4", "no config file '-count=4': arguments are config files and --key=value")])
 def test_an_argument_that_names_nothing_is_answered_with_what_may_be(new, argument, message):
     assert error_of(new, argument).startswith(message)
 
@@ -249,22 +237,13 @@ def test_a_wrong_name_in_a_config_file_is_refused_with_the_file(new, write):
         assert error_of(new, path).startswith(f"{path}: setting {name!r} {words}")
 
 
-def test_a_folder_is_no_config_file(new, tmp_path):
-    assert f"cannot read config file {tmp_path}" in error_of(new, str(tmp_path))
-
-
 @pytest.mark.parametrize(("text", "kind"), [
-    ("count = = 4", "SyntaxError"),
-    ("count = 1 / 0", "ZeroDivisionError: division by zero"),
+    ("count = = 4", "SyntaxError"), ("count = batch", "NameError"), ("count = 4\0", ""),
     ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-    ("count = batch", "NameError"),
-    ("raise SystemExit(0)", "SystemExit"), ("raise GeneratorExit", "GeneratorExit"),
-    ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    ("raise GeneratorExit", "GeneratorExit"),
     ("class Odd(Exception):\n    def __str__(self): raise self\nraise Odd", "Odd: <exception str"),
     ("import sys, train", "configurator.UserError: "),
-    ("assert False, 'two\\nlines'", "AssertionError: two lines"),
-    ("count = 4\0", ""),
-])
+    ("assert False, 'two\\nlines'", "AssertionError: two lines")])
 def test_a_config_file_that_fails_is_named_with_its_error_in_one_line(new, write, text, kind):
     path = write(text)
     message = error_of(new, path)
@@ -333,7 +312,7 @@ def test_help_prints_the_docstring_and_each_setting_with_default_and_comment(new
 
 @pytest.mark.parametrize("path", SCRIPTS)
 def test_help_of_every_script_prints_its_settings_with_their_comments(path):
-    done = run(ROOT / path, "--help")
+    done = run("-I", ROOT / path, "--help")  # isolated: without the current folder in sys.path
     assert (done.returncode, done.stderr) == (0, "")
     shown = dict(re.findall(r"^  --(\w+)=(.*)$", done.stdout, re.M))
     assert shown.keys() >= set(RELIED_ON.get(path, "").split())
@@ -354,7 +333,7 @@ def nothing_heavy(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path, argument", [
-    *itertools.product(SCRIPTS, ["--nope=1", "config/nope.py"]),
+    *((path, "--nope=1") for path in SCRIPTS), ("train.py", "config/nope.py"),
     ("train.py", "--dropout=1"), ("sample.py", "--top_k=0"), ("bench.py", "--rounds=0")])
 def test_a_mistake_is_one_line_and_status_2_before_anything_heavy_is_imported(
         path, argument, nothing_heavy):
@@ -437,12 +416,6 @@ def test_the_numbers_of_closed_streams_are_not_given_to_other_files(tmp_path, cl
     assert (tmp_path / "log").read_text() == "whole"
     assert done.stdout == ("" if "1" in closed else "out\n")
     assert done.stderr == ("" if "2" in closed else "error: stopped by Ctrl-C\n")
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_find_their_modules_in_an_isolated_python(script):
-    done = run("-I", ROOT / script, "--help")
-    assert done.returncode == 0, done.stderr
 
 
 def test_in_all_texts_but_prompts_a_leading_tilde_is_the_home_folder(new, monkeypatch):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from fuzz import Case, fault, is_refused, make_case, run_case, setting_case, settings
+from fuzz import Case, fault, make_case, run_case, setting_case, settings_of
 from wrong_use import CAN_DROP, write_template
 
 
@@ -28,8 +28,8 @@ def check(cases: Iterable[Case], template: Path) -> None:
 def test_a_wrong_value_of_each_setting_is_refused(template):
     rng = random.Random(0)
     cases = []
-    for command, name in settings():
-        if command not in ("resume", "finetune", "plan"):  # whose scripts others run, too
+    for command in ["train", "sample", "bench", "characters", "documents", "text"]:
+        for name in settings_of(command):
             candidates = [setting_case(command, name, rng) for _ in range(20)]
             cases.append(next((case for case in candidates if case.harmful), candidates[0]))
     check(cases, template)
@@ -37,13 +37,6 @@ def test_a_wrong_value_of_each_setting_is_refused(template):
 
 def test_wrong_settings_files_and_values_in_files_are_refused(template):
     check((make_case(1, number, template) for number in range(40)), template)
-
-
-def test_a_refused_value_is_one_that_the_type_the_choices_or_a_rule_exclude():
-    assert not is_refused("train", "batch_size", 8)
-    assert is_refused("train", "batch_size", 1.5)
-    assert is_refused("train", "batch_size", 0)
-    assert is_refused("train", "optimizer", "sgd")
 
 
 def test_a_case_that_ends_otherwise_is_reported():

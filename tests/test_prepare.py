@@ -87,22 +87,15 @@ def choose_held_out() -> Callable:
     return module.choose_held_out
 
 
-def write_documents(path: Path, documents: list[str]) -> Path:
+def write_documents(path: Path, documents: list) -> Path:
     """Write documents in the format of the path's ending."""
-    if path.suffix in (".jsonl", ".parquet"):
-        return (write_jsonl if path.suffix == ".jsonl" else write_parquet)(path, documents)
-    path.write_text("<|endoftext|>".join(documents), encoding="utf-8")
-    return path
-
-
-def write_jsonl(path: Path, documents: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    return path
-
-
-def write_parquet(path: Path, documents: list) -> Path:
-    table = pa.table({"id": range(len(documents)), "text": documents})
-    pyarrow.parquet.write_table(table, path, row_group_size=7)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    elif path.suffix == ".parquet":
+        table = pa.table({"id": range(len(documents)), "text": documents})
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
+    else:
+        path.write_text("<|endoftext|>".join(documents), encoding="utf-8")
     return path
 
 
@@ -190,8 +183,7 @@ def test_blank_lines_of_a_jsonl_file_are_no_documents(tmp_path):
 
 
 @pytest.mark.parametrize("line", [
-    b"{", b"[]", b"[" * 100_000, b"5", b"null", b'"text"', b'{"txt": "a"}', b'{"text": 5}',
-    b'{"text": null}', b'{"text": "caf\xe9"}'])
+    b"{", b"[]", b"[" * 100_000, b'{"txt": "a"}', b'{"text": null}', b'{"text": "caf\xe9"}'])
 def test_a_line_without_a_document_is_shown_with_its_file_and_number(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n\n' + line + b"\n")
     _, document = local_documents([tmp_path / "a.jsonl"])
@@ -201,7 +193,7 @@ def test_a_line_without_a_document_is_shown_with_its_file_and_number(tmp_path, l
 
 
 def test_a_parquet_row_without_text_is_named(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", [*texts(1500), None])
+    path = write_documents(tmp_path / "a.parquet", [*texts(1500), None])
     with pytest.raises(UserError, match=r"a\.parquet row 1501: expected"):
         [document.text() for document in local_documents([path])]
 
@@ -308,7 +300,7 @@ def test_documents_are_written_in_order_to_one_of_the_two_files_in_the_folder_of
 ], ids=["too small a disk", "a disk that fills up", "a source that changes"])
 def test_a_run_that_fails_says_why_and_leaves_no_file(tmp_path, patch, error):
     (tmp_path / "sitecustomize.py").write_text(patch)
-    path = write_jsonl(tmp_path / "a.jsonl", texts(9600))
+    path = write_documents(tmp_path / "a.jsonl", texts(9600))
     done = openwebtext(tmp_path / "out", f"--input={path}", PYTHONPATH=str(tmp_path))
     assert error in refused(done, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -320,7 +312,7 @@ def test_a_run_that_fails_says_why_and_leaves_no_file(tmp_path, patch, error):
 def large(tmp_path_factory):
     """120 MB of JSON lines, which take many seconds."""
     documents = texts(20_000)
-    path = write_jsonl(tmp_path_factory.mktemp("large") / "large.jsonl", documents)
+    path = write_documents(tmp_path_factory.mktemp("large") / "large.jsonl", documents)
     path.write_bytes(path.read_bytes() * (120_000_000 // path.stat().st_size + 1))
     return path
 
@@ -402,7 +394,7 @@ def test_no_worker_survives_a_killed_run(killed):
 
 def test_a_run_that_was_killed_can_be_started_again(killed, tmp_path):
     shutil.copytree(killed[0], tmp_path, dirs_exist_ok=True)
-    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    path = write_documents(tmp_path / "a.jsonl", ["one", "two"])
     assert openwebtext(tmp_path, f"--input={path}").returncode == 0
     assert {path.name for path in tmp_path.glob("*.bin*")} == {"train.bin", "val.bin"}
     ids = [read(tmp_path / name) for name in ("train.bin", "val.bin")]
@@ -420,7 +412,7 @@ def test_without_a_network_the_error_names_all_revisions_that_were_tried(tmp_pat
 def test_if_main_does_not_load_the_converted_parquet_is_used(tmp_path, monkeypatch):
     import datasets
     documents = texts(20)
-    path = write_parquet(tmp_path / "a.parquet", documents)
+    path = write_documents(tmp_path / "a.parquet", documents)
     load, tried = datasets.load_dataset, []
 
     def load_dataset(repository: str, **arguments) -> object:
@@ -513,7 +505,7 @@ def test_one_text_is_split_by_position_and_decodes_to_itself(repo, tokenizer):
 
 def test_of_few_long_documents_the_end_of_the_longest_a_tenth_of_all_is_held_out(repo):
     documents = ["one " * 20_000, "two " * 30_000, "three"]
-    write_jsonl(repo / "a.jsonl", documents)
+    write_documents(repo / "a.jsonl", documents)
     train, val, _ = prepared(repo, "--input=a.jsonl")
     encoder = get_tokenizer(load_meta(repo / "data/mine"))
     assert encoder.decode(val) == documents[1][-20_000:] + "\n"
@@ -551,31 +543,19 @@ def test_the_files_of_an_earlier_tokenizer_are_removed(repo):
 
 @pytest.mark.parametrize("args, words", [
     (["--input=none"], ["--input=none", ".jsonl", "a folder"]),
-    (["--input=empty"], ["--input=empty"]),
-    (["--input=data/mine"], ["--input=data/mine"]),
     (["--input=a.txt,c.doc"], ["c.doc", "'.doc'", ".parquet, .jsonl, .txt, .md"]),
-    (["--input=binary.txt"], ["binary.txt is not UTF-8 at byte 1"]),
-    (["--input=binary.txt.gz"], ["cannot read binary.txt.gz"]),
     (["--input=cut.jsonl.gz"], ["cannot read cut.jsonl.gz"]),
-    (["--input=broken.jsonl"], ["broken.jsonl line 17", "a field `text`", "{cut"]),
     (["--input=-"], ["holds 0 bytes of text"]),
-    (["--input=a.txt", "--name=a/b"], ["'a/b'", "a plain name"]),
-    (["--input=a.txt", "--name=.."], ["'..'", "a plain name"]),
-    (["--input=a.txt", "--name="], ["''", "--name=mybook"]),
-    (["--name=mine"], ["input = None", "--input=book.txt"]),
+    (["--input=a.txt", "--name=.."], ["'..'", "a plain name", "--name=mybook"]),
     (["--input=a.txt", "--name=shakespeare"], ["'shakespeare'", "another name"]),
     (["--input=a.txt", "--name=bins.py"], ["bins.py", "File exists", "another folder"]),
     *((["--input=a.txt", f"--tokenizer={name}"], [f"'{name}'", "char, gpt2, or bpe:N"])
-      for name in ("bpe:0", "bpe:256", "bpe:70000", "bpe:", "bpe", "bpe:-5", "char:5", "")),
+      for name in ("bpe:256", "bpe:70000", "bpe", "char:5")),
 ], ids=lambda value: " ".join(value) if value[0].startswith("--") else "")
 def test_a_wrong_use_ends_in_one_sentence_and_writes_nothing(repo, args, words):
-    (repo / "empty").mkdir()
     (repo / "a.txt").write_text("some words " * 99)
     (repo / "c.doc").touch()
-    for name in ("binary.txt", "binary.txt.gz"):
-        (repo / name).write_bytes(b"a\xff\xfe\0")
     (repo / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n' * 99)[:-9])
-    (repo / "broken.jsonl").write_text('{"text": "one"}\n' * 16 + "{cut\n")
     before = set(repo.rglob("*"))
     done = run("data/text/prepare.py", "--name=mine", *args, cwd=repo, PYTHONDONTWRITEBYTECODE="1")
     error = refused(done, repo)

@@ -141,13 +141,10 @@ class Malicious:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_vocabulary_is_read_from_a_meta_pkl_of_any_protocol(tmp_path, protocol):
+def test_a_vocabulary_is_read_from_a_meta_pkl_of_any_protocol_or_there_is_none(tmp_path, protocol):
+    assert load_meta(tmp_path) is None
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(ABC, protocol))
     assert load_meta(tmp_path) == ABC
-
-
-def test_without_a_meta_pkl_and_a_tokenizer_json_there_is_no_meta(tmp_path):
-    assert load_meta(tmp_path) is None
 
 
 def test_a_trained_bpe_is_read_from_tokenizer_json_unless_a_meta_pkl_contradicts_it(tmp_path):
@@ -159,8 +156,8 @@ def test_a_trained_bpe_is_read_from_tokenizer_json_unless_a_meta_pkl_contradicts
 
 
 @pytest.mark.parametrize("old, new", [
-    ("{", ""), ('"model"', '"x"'), ('"vocab"', '"x"'), ('"<|endoftext|>":0', '"a b":0'),
-    ('"!":1', '"!":2'), ('"!":1', '"!!":1'), ('"!":1', '"!":"1"'), ('"!":1', '"日":1')])
+    ("{", ""), ('"<|endoftext|>":0', '"a b":0'), ('"!":1', '"!":2'), ('"!":1', '"!!":1'),
+    ('"!":1', '"日":1')])
 def test_a_damaged_tokenizer_json_is_named_with_what_to_do(tmp_path, old, new):
     damaged = TRAINED["tokenizer_json"].replace(old, new)
     assert damaged != TRAINED["tokenizer_json"]
@@ -172,11 +169,8 @@ def test_a_damaged_tokenizer_json_is_named_with_what_to_do(tmp_path, old, new):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("hidden", [False, True])
-def test_a_meta_pkl_that_would_run_a_command_is_refused_and_runs_nothing(
-        tmp_path, protocol, hidden):
-    call = Malicious(os.system, f"touch {tmp_path}/pwned")
-    meta = {**ABC, "extra": [call]} if hidden else call
+def test_a_meta_pkl_that_would_run_a_command_is_refused_and_runs_nothing(tmp_path, protocol):
+    meta = {**ABC, "extra": [Malicious(os.system, f"touch {tmp_path}/pwned")]}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
     with pytest.raises(UserError, match=r"(posix|nt)\.system"):
         load_meta(tmp_path)
@@ -185,12 +179,8 @@ def test_a_meta_pkl_that_would_run_a_command_is_refused_and_runs_nothing(
     assert (tmp_path / "pwned").exists()
 
 
-DAMAGED = [b"", b"not a pickle", b"\x80\x05", b"\x80\xff.", b"cos\nsystem\n", b".", b"\x80\x04\x95",
-           *(pickle.dumps(ABC)[:n] for n in (1, 2, 11, 20, 40, 60))]
-
-
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(DAMAGED) | st.binary(max_size=60))
+@given(st.binary(max_size=60) | st.integers(0, 60).map(lambda n: pickle.dumps(ABC)[:n]))
 def test_a_damaged_meta_pkl_is_named_with_what_to_do(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "meta.pkl"
     path.write_bytes(content)
@@ -200,19 +190,11 @@ def test_a_damaged_meta_pkl_is_named_with_what_to_do(tmp_path_factory, content):
 
 
 @pytest.mark.parametrize("meta", [
-    None, 5, "text", [], {}, [1, 2, 3],
-    {"vocab_size": 3},
-    {**ABC, "vocab_size": 4}, {**ABC, "vocab_size": "3"}, {**ABC, "vocab_size": 3.0},
-    {**ABC, "itos": ["a", "b", "c"]}, {**ABC, "itos": {0: "a", 1: "b"}},
-    {**ABC, "itos": {0: "b", 1: "a", 2: "c"}}, {**ABC, "itos": {0: "a", 1: "b", 3: "c"}},
+    {"vocab_size": 3}, {**ABC, "vocab_size": 4}, {**ABC, "vocab_size": 3.0},
+    {**ABC, "itos": ["a", "b", "c"]}, {**ABC, "itos": {0: "b", 1: "a", 2: "c"}},
     {**ABC, "itos": {-1: "a", 1: "b", 2: "c"}, "stoi": {"a": -1, "b": 1, "c": 2}},
-    {**ABC, "itos": {0: "a", 1: "b", 2: 7}, "stoi": {"a": 0, "b": 1, 7: 2}},
-    {**ABC, "itos": {0.0: "a", 1: "b", 2: "c"}},
-    {**ABC, "stoi": {"a": 0, "b": 1}}, {**ABC, "stoi": {"a": 0, "b": 1, "c": 2, "d": 3}},
-    {**ABC, "stoi": {"a": 0, "b": 1, "c": 1}}, {**ABC, "stoi": [0, 1, 2]}, {**ABC, "stoi": None},
-    {"vocab_size": 0, "itos": {}, "stoi": {}}, {**TRAINED, "vocab_size": 331},
-    {**TRAINED, "vocab_size": 330.0}, {**TRAINED, "tokenizer_json": None},
-], ids=lambda meta: repr(meta)[:90])
+    {**ABC, "stoi": {"a": 0, "b": 1, "c": 2, "d": 3}}, {"vocab_size": 0, "itos": {}, "stoi": {}},
+    {**TRAINED, "vocab_size": 331}], ids=lambda meta: repr(meta)[:90])
 def test_a_wrong_vocabulary_is_refused_and_its_source_named(tmp_path, meta):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     with pytest.raises(UserError, match=r"meta\.pkl holds no vocabulary"):
