@@ -179,7 +179,14 @@ def unequal(a: object, b: object, path: str = "") -> list[str]:
     return [] if same else [path]
 
 
-def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
-    """Every file under a folder, with its bytes and the time of its last change."""
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns)
-            for path in folder.rglob("*") if path.is_file()}
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The distance of two tensors over the length of the second, in float64."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def snapshot(*folders: Path) -> dict[Path, tuple]:
+    """The mode of every file and folder below, and what of a file a write would change."""
+    found = {path: path.lstat() for folder in folders for path in folder.rglob("*")}
+    return {path: (s.st_mode, *(() if path.is_dir() else (s.st_ino, s.st_size, s.st_mtime_ns)))
+            for path, s in found.items() if "__pycache__" not in path.parts}

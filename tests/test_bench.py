@@ -75,13 +75,6 @@ def test_a_profile_that_the_profiler_did_not_write_is_not_reported(run_here, mon
     assert list((tmp_path / "bench_trace").iterdir()) == []
 
 
-def test_the_figures_do_not_replace_what_is_no_regular_file():
-    done = run(ROOT / "bench.py", "--mode=plan", "--json=/dev/null")
-    assert done.returncode == 2
-    assert "json = '/dev/null'" in done.stderr
-    assert Path("/dev/null").is_char_device()
-
-
 def test_unknown_figures_are_null_and_not_printed(run_here, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "resource", None)  # not there, as on Windows
     train = run_here("--mode=train")["results"]["train"]
@@ -142,7 +135,8 @@ def test_preparing_data_is_compared_with_tiktoken(tmp_path):
 
 @pytest.mark.parametrize("args, words", [
     (["--peer=transformers", "--new_tokens=16"], ["new_tokens = 16", "block_size = 16"]),
-    (["--profile=True", "--mode=sample"], ["profile = True", "mode = 'sample'"])])
-def test_settings_that_exclude_each_other_are_refused(args, words):
+    (["--profile=True", "--mode=sample"], ["profile = True", "mode = 'sample'"]),
+    (["--mode=plan", "--json=/dev/null"], ["json = '/dev/null'"])])
+def test_settings_that_exclude_each_other_or_replace_a_device_are_refused(args, words):
     done = run(ROOT / "bench.py", *SMALL, *args)
     assert done.returncode == 2 and all(word in done.stderr for word in words)

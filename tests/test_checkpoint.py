@@ -137,16 +137,6 @@ def test_each_new_run_keeps_all_earlier_ones(tmp_path, contents):
     assert kept == [1, 2, 3]
 
 
-def test_a_folder_gives_its_best_checkpoint(tmp_path, contents):
-    contents["meta"] = None
-    checkpoint.save(tmp_path / "ckpt.pt", contents)
-    best = {name: tensor + 1 for name, tensor in contents["model"].items()}
-    checkpoint.save(tmp_path / "best.pt", contents | {"model": best})
-    gpt, meta = checkpoint.load_pretrained(str(tmp_path))
-    assert torch.equal(gpt.lm_head.weight, best["lm_head.weight"])
-    assert meta is None
-
-
 def test_a_checkpoint_without_a_vocabulary_has_that_of_its_dataset_if_it_is_found(
         path, contents, text_dataset):
     checkpoint.save(path, contents | {"config": {"dataset": str(text_dataset)}})

@@ -1,19 +1,14 @@
 """Config files, arguments and their errors, in this process and in scripts as users run them."""
 
-import contextlib
-import io
 import re
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from configurator import RENAMED, UserError, check, check_choice, configure, fit_types
+from configurator import RENAMED, UserError, check, check_choice, configure
 
 SCRIPT = '''"""A script with one setting of each kind."""
 
@@ -22,14 +17,14 @@ rate = 0.5  # how fast
 name = "x"  # any text, # included
 flag = False  # on or off
 maybe: bool | None = None  # on, off, or chosen
-limit: int | None = 7
+top_k: int | None = 7
 ratio: float | None = None
 label: str | None = None  # text or nothing
 _private = 1
 CONSTANT = 1
 listed = [1, 2]
 '''
-DEFAULTS = {"count": 3, "rate": 0.5, "name": "x", "flag": False, "maybe": None, "limit": 7,
+DEFAULTS = {"count": 3, "rate": 0.5, "name": "x", "flag": False, "maybe": None, "top_k": 7,
             "ratio": None, "label": None}
 SCRIPTS = ["train.py", "sample.py", "bench.py",
            *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("data/*/prepare.py"))]
@@ -163,7 +158,7 @@ def test_config_files_may_import_modules_and_define_functions(new, write):
     ("name", "a=b", "a=b"), ("name", "", ""), ("name", "True", "True"), ("name", "None", "None"),
     ("name", "\n é 日", "\n é 日"), ("label", "7", "7"), ("label", "None", None),
     ("label", "none", "none"), ("flag", "true", True), ("flag", "1", True), ("maybe", "0", False),
-    ("maybe", "None", None), ("limit", "None", None), ("limit", "12", 12), ("ratio", "3", 3.0)])
+    ("maybe", "None", None), ("top_k", "None", None), ("top_k", "12", 12), ("ratio", "3", 3.0)])
 def test_arguments_become_values_of_the_settings_type(new, name, text, value):
     configure(new, [f"--{name}={text}"])
     assert (new[name], type(new[name])) == (value, type(value))
@@ -171,8 +166,8 @@ def test_arguments_become_values_of_the_settings_type(new, name, text, value):
 
 def test_values_of_a_config_file_become_the_settings_type(new, write):
     configure(new, [write("count = 6e5; rate = ratio = 2; name = ''; flag = 1; maybe = 0; "
-                          "limit = 2.0; label = None")])
-    expected = {"count": 600000, "rate": 2.0, "name": "", "flag": True, "maybe": False, "limit": 2,
+                          "top_k = 2.0; label = None")])
+    expected = {"count": 600000, "rate": 2.0, "name": "", "flag": True, "maybe": False, "top_k": 2,
                 "ratio": 2.0, "label": None}
     assert repr({name: new[name] for name in DEFAULTS}) == repr(expected)  # as 2 == 2.0
 
@@ -186,7 +181,7 @@ def test_values_of_a_config_file_become_the_settings_type(new, write):
     ("flag", "2", "2 is int", "True or False"),
     ("flag", "None", "None is NoneType", "True or False"),
     ("maybe", "1.5", "1.5 is float", "True or False or None"),
-    ("limit", "x", "'x' is str", "a whole number or None")])
+    ("top_k", "x", "'x' is str", "a whole number or None")])
 def test_an_argument_of_a_wrong_type_says_what_was_expected_and_got(
         new, name, text, got, expected):
     assert error_of(new, f"--{name}={text}") == f"{name} = {got}: expected {expected}"
@@ -204,12 +199,6 @@ def test_a_config_value_of_a_wrong_type_says_in_which_file_and_what_was_expected
     assert error_of(new, path) == f"{path}: {name} = {got}: expected {expected}"
 
 
-def test_values_of_another_source_are_converted_or_refused_in_the_same_way(new):
-    assert fit_types(new, {"count": 4.0, "flag": 1}, "ckpt.pt") == {"count": 4, "flag": True}
-    with pytest.raises(UserError, match="^ckpt.pt: count = '4' is str: expected a whole number$"):
-        fit_types(new, {"count": "4"}, "ckpt.pt")
-
-
 # ---------------------------------------------------------------------------------- wrong settings
 
 @pytest.mark.parametrize(("argument", "message"), [
@@ -217,24 +206,12 @@ def test_values_of_another_source_are_converted_or_refused_in_the_same_way(new):
     ("--_private=4", "setting '_private' does not exist"),
     ("--CONSTANT=4", "setting 'CONSTANT' does not exist"),
     ("--listed=4", "setting 'listed' does not exist"),
+    ("--top-k=4", "setting 'top-k' does not exist (did you mean top_k?)"),
     ("--decay_fraction=1", f"setting 'decay_fraction' is now {RENAMED['decay_fraction']}"),
     ("--count", "--count has no value: write --count=3"),
     ("-count=4", "no config file '-count=4': arguments are config files and --key=value")])
 def test_an_argument_that_names_nothing_is_answered_with_what_may_be(new, argument, message):
     assert error_of(new, argument).startswith(message)
-
-
-def test_a_name_with_dashes_is_answered_with_the_one_with_underscores():
-    namespace = {"top_k": 3, "topk": 4, "__file__": __file__}
-    with pytest.raises(UserError, match=r"did you mean top_k\?"):
-        configure(namespace, ["--top-k=3"])
-
-
-def test_a_wrong_name_in_a_config_file_is_refused_with_the_file(new, write):
-    for name, words in (("conut", "does not exist (did you mean count?)"),
-                        ("decay_fraction", f"is now {RENAMED['decay_fraction']}")):
-        path = write(f"rate = 1.0\n{name} = 4")
-        assert error_of(new, path).startswith(f"{path}: setting {name!r} {words}")
 
 
 @pytest.mark.parametrize(("text", "kind"), [
@@ -267,32 +244,6 @@ def test_check_choice_lists_the_choices_with_the_nearest():
                                  "(did you mean relu?)")
 
 
-PRINTABLE = st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"]), max_size=40)
-VALUES = st.one_of(PRINTABLE, st.floats().map(str), st.integers().map(str), st.booleans().map(str))
-ARGUMENTS = st.lists(max_size=4, elements=st.one_of(
-    PRINTABLE, PRINTABLE.map("--{}".format), st.sampled_from(["--help", "-h", "--", "-", ""]),
-    st.tuples(st.sampled_from([*DEFAULTS]) | PRINTABLE, VALUES).map("--{0[0]}={0[1]}".format)))
-
-
-@settings(max_examples=500, deadline=None)
-@given(ARGUMENTS)
-def test_any_arguments_give_values_of_the_right_types_or_a_user_error_or_help(script, argv):
-    namespace = {"__file__": str(script), "__doc__": "", "__annotations__": {}}
-    exec(SCRIPT, namespace)
-    types = {name: typing.get_args(namespace["__annotations__"].get(name))
-             or (type(namespace[name]),) for name in DEFAULTS}
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            config, _ = configure(namespace, argv)
-        assert all(type(config[name]) in types[name] for name in DEFAULTS)
-        assert config == {name: namespace[name] for name in DEFAULTS}
-    except UserError as error:
-        assert str(error)
-    except SystemExit as stop:
-        assert stop.code == 0
-        assert "--help" in argv or "-h" in argv
-
-
 # ------------------------------------------------------------------------------------------- help
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--count=4", "--help"], ["--oops", "-h"]])
@@ -306,7 +257,7 @@ def test_help_prints_the_docstring_and_each_setting_with_default_and_comment(new
     assert found == [
         ["--count=3", "# how many"], ["--rate=0.5", "# how fast"],
         ["--name='x'", "# any text, # included"], ["--flag=False", "# on or off"],
-        ["--maybe=None", "# on, off, or chosen"], ["--limit=7"], ["--ratio=None"],
+        ["--maybe=None", "# on, off, or chosen"], ["--top_k=7"], ["--ratio=None"],
         ["--label=None", "# text or nothing"]]
 
 
@@ -387,8 +338,6 @@ def test_characters_that_the_terminal_lacks_are_escaped(tmp_path):
     ("import errno; raise OSError(errno.ENOSPC, 'No space', 'a.bin')", 2,
      "the disk of a.bin is full: make room, and start again\n"),
     ("bytearray(10**18)", 2, "out of memory (MemoryError): choose smaller sizes, such as batch_s"),
-    ("import numpy; numpy.empty(10**17)", 2, "out of memory (Unable to allocate 711. PiB"),
-    ("import torch; torch.empty(10**17)", 2, "out of memory ([enforce fail at"),
     ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.\\nSee')", 2,
      "out of memory (CUDA out of memory. Tried to allocate 2 GiB. See): choose smaller")])
 def test_what_is_no_bug_ends_in_one_line_and_an_exit_status(tmp_path, line, status, words):
@@ -428,8 +377,8 @@ def test_in_all_texts_but_prompts_a_leading_tilde_is_the_home_folder(new, monkey
 def test_numbers_of_numpy_become_numbers_of_python(new, write):
     config, _ = configure(new, [write(
         "import numpy as np\ncount = np.int64(4)\nrate = np.float32(0.25)\nratio = np.uint8(2)\n"
-        "limit = np.float64(8)")])
-    values = [config[name] for name in ("count", "rate", "ratio", "limit")]
+        "top_k = np.float64(8)")])
+    values = [config[name] for name in ("count", "rate", "ratio", "top_k")]
     assert [(type(value), value) for value in values] == [
         (int, 4), (float, 0.25), (float, 2.0), (int, 8)]
 

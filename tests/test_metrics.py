@@ -1,6 +1,5 @@
 """Times that add up, and what becomes of the records of a run that is resumed."""
 
-import errno
 import time
 from types import SimpleNamespace
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from conftest import run
 
-from configurator import UserError
 from engine import metrics
 from engine.metrics import Metrics, Stopwatch, keep_records_before
 from engine.progress import Progress
@@ -106,17 +104,6 @@ def test_settings_that_weights_and_biases_refuses_are_one_sentence(variable, val
     assert done.stderr.count("\n") == 1
 
 
-def test_a_log_that_cannot_be_flushed_is_one_sentence(tmp_path, monkeypatch):
-    log = Metrics(Progress(CPU, 0, 8), str(tmp_path), CONFIG, 0, [])
-
-    def fsync(number: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(metrics.os, "fsync", fsync)
-    with pytest.raises(UserError, match="cannot write .*metrics.jsonl: Input/output error"):
-        log.sync()
-
-
 def test_what_a_resumed_run_repeats_and_lines_that_are_no_records_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     first, *dropped, last = [
@@ -127,8 +114,3 @@ def test_what_a_resumed_run_repeats_and_lines_that_are_no_records_are_dropped(tm
     path.write_bytes(b"\n".join([first, *dropped, last]))
     keep_records_before(path, 4, [{"iter": 0}])
     assert path.read_bytes().splitlines() == [first, last]
-
-
-def test_a_folder_in_place_of_the_records_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=f"cannot read {tmp_path}.*move it away"):
-        keep_records_before(tmp_path, 4, [])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import MODERN, ROOT, run, unequal
+from conftest import MODERN, ROOT, relative, run, unequal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen3 import modeling_qwen3
@@ -24,12 +24,12 @@ VARIANTS = {"gpt2": {}, "modern": MODERN} | {
     name: CLASSIC | {name: value} for name, value in MODERN.items()}
 
 
-def hf_gpt2(**changes) -> transformers.GPT2LMHeadModel:
+def hf_gpt2() -> transformers.GPT2LMHeadModel:
     """transformers' GPT-2 of SHAPE with random weights, biases and norms included."""
     torch.manual_seed(1)
     config = transformers.GPT2Config(
         n_positions=32, vocab_size=300, n_layer=3, n_head=4, n_embd=64, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, **changes)
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
     hf = transformers.GPT2LMHeadModel(config)
     for name, p in hf.named_parameters():  # large enough for greedy tokens to vary
         p.data.normal_(std=0.3 if ".h." in name else 0.1)
@@ -67,12 +67,6 @@ def random_gpt(variant: str, **changes) -> GPT:
     for name, p in gpt.named_parameters():
         p.data.normal_(std=0.05 if ".h." in name else 0.5)
     return gpt.eval()
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The distance of two tensors over the length of the second, in float64."""
-    found, expected = found.double(), expected.double()
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 # --------------------------------------------------------------------------------- one file
@@ -132,16 +126,6 @@ def test_model_py_imports_torch_and_the_standard_library_alone():
 
 # --------------------------------------------------------------------------------- it is GPT-2
 
-@pytest.mark.parametrize("theirs, ours", [("gelu_new", "gelu_tanh"), ("gelu", "gelu"),
-                                          ("relu", "relu")])
-def test_logits_equal_those_of_transformers_with_each_activation(theirs, ours, idx, tmp_path):
-    hf = hf_gpt2(activation_function=theirs)
-    hf.save_pretrained(tmp_path)
-    gpt = GPT.from_pretrained(str(tmp_path)).eval()
-    assert gpt.config.activation == ours
-    torch.testing.assert_close(gpt(idx, idx)[0], hf(idx).logits, atol=1e-4, rtol=0)
-
-
 def test_loss_and_gradients_equal_those_of_transformers_with_ignored_targets(folder, idx):
     ours, theirs = GPT.from_pretrained(str(folder)), hf_gpt2()
     is_ignored = torch.rand(2, 32) < 0.2
@@ -155,13 +139,6 @@ def test_loss_and_gradients_equal_those_of_transformers_with_ignored_targets(fol
         is_transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
         grad = grads[name].t() if is_transposed else grads[name]
         torch.testing.assert_close(p.grad, grad, atol=1e-4, rtol=1e-3)
-
-
-def test_dropout_acts_in_training_only(folder, idx):
-    gpt = GPT.from_pretrained(str(folder), {"dropout": 0.5})
-    assert not torch.equal(gpt(idx)[0], gpt(idx)[0])
-    gpt.eval()
-    assert torch.equal(gpt(idx)[0], gpt(idx)[0])
 
 
 def test_initialization_has_the_standard_deviations_of_gpt2():
@@ -580,29 +557,19 @@ def test_a_file_that_is_damaged_or_no_checkpoint_is_named(gpt, tmp_path):
     with pytest.raises(ValueError, match=f"{path} holds no model"):
         GPT.from_pretrained(str(path))
     torch.save({"model": gpt.state_dict(), "model_args": gpt.config.to_model_args()}, path)
-    content = path.read_bytes()
-    place = content.index(gpt.lm_head.weight.detach().numpy().tobytes())
-    flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1:]
-    for damaged in (flipped, content[:-1000], b"not a checkpoint"):
+    for damaged in (path.read_bytes()[:-1000], b"not a checkpoint"):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{path}.* damaged"):
             GPT.from_pretrained(str(path))
 
 
-NOT_PLAIN = "a file: expected finite .* plain .* transformer.h.1.ln_2.weight "
-
-
-@pytest.mark.filterwarnings("ignore:.*quantize_per")
 @pytest.mark.parametrize("name, convert, words", [
     ("transformer.h.1.ln_2.weight", None, 'a file .*Missing.*"transformer.h.1.ln_2.weight"'),
     ("transformer.h.3.ln_1.weight", torch.clone, 'a file .*Unexpected.*"transformer.h.3.ln_1.'),
     ("transformer.wpe.weight", lambda t: t[1:], "a file .*mismatch.*wpe.weight: .*31, 64.*32, 64"),
     ("lm_head.weight", lambda t: t + 1, "a file: .* differs .* but this model ties them"),
-    *(("transformer.h.1.ln_2.weight", convert, NOT_PLAIN) for convert in (
-        lambda t: t.to(torch.complex64), lambda t: t.to_sparse(), lambda t: t.to("meta"),
-        lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), lambda t: t.to(torch.int64),
-        lambda t: t.to(torch.float8_e4m3fn), lambda t: t * torch.inf, lambda t: t * torch.nan,
-        lambda t: t.tolist()))])
+    ("transformer.h.1.ln_2.weight", lambda t: t.to(torch.int64), "finite .* plain .*ln_2.weight"),
+    ("transformer.h.1.ln_2.weight", lambda t: t * torch.nan, "finite .* plain .*ln_2.weight ")])
 def test_tensors_that_do_not_fit_or_are_not_plain_and_finite_are_named(gpt, name, convert, words):
     state = gpt.state_dict()
     tensor = state.pop(name, torch.ones(64))

@@ -38,8 +38,7 @@ parser.add_argument("--seed", type=int, default=0, help="of the instants")
 what, kills, seed = vars(parser.parse_args()).values()
 
 KEEP_EVERY = 50  # steps between numbered checkpoints
-# A model of 0.8M parameters, whose checkpoint of 10 MB takes as long to write as a few steps; and
-# more steps than the processes that are killed can do.
+# A model whose checkpoint of 10 MB takes as long to write as a few steps; more steps than are done.
 SETTINGS = [*TINY, "--n_layer=4", "--n_embd=128", "--batch_size=2", "--dropout=0.1",
             "--learning_rate=1e-4", "--min_lr=1e-5", f"--lr_decay_iters={20 + 20 * kills}",
             f"--max_iters={100 + 200 * kills}", "--eval_interval=10", f"--keep_every={KEEP_EVERY}",
@@ -49,7 +48,6 @@ if what != "classic":
                  "--schedule=linear", *(f"--{name}={value}" for name, value in MODERN.items())]
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
             "--max-restarts=1000000"] if what == "torchrun" else []
-WORKER = "spawn_main" if what == "prepare" else "train.py"  # in the command of a worker process
 
 rng = random.Random(seed)
 temporary = tempfile.TemporaryDirectory(prefix="torture-")
@@ -79,36 +77,23 @@ def workers(process: subprocess.Popen) -> list[int]:
     found = []
     with suppress(OSError):  # one has ended
         for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            if WORKER in Path(f"/proc/{pid}/cmdline").read_text():
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+            if "spawn_main" in command or "train.py" in command:
                 found.append(int(pid))
     return found
 
 
-def kill_all(process: subprocess.Popen) -> None:
-    process.send_signal(signal.SIGSTOP)  # it must not start others
-    for pid in (*workers(process), process.pid):
+def kill(process: subprocess.Popen, victims: list[int]) -> None:
+    """Kill one of a process's workers, or if there is none the process with all of them."""
+    if not victims:
+        process.send_signal(signal.SIGSTOP)  # it must not start others
+    for pid in [rng.choice(victims)] if victims else [*workers(process), process.pid]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    wait(process, -signal.SIGKILL, *[0] * (what == "prepare"))  # 0: it was done before
-
-
-def kill(process: subprocess.Popen, kind: str) -> None:
-    """Kill a process with its workers, or one of them, at a random instant: in a write, after some
-    work, or in its start-up."""
-    if kind == "start-up":
-        time.sleep(rng.uniform(0, task.startup_s))
-    else:
-        task.wait_for_work(process)
-        while kind == "write" and not task.is_writing() and process.poll() is None:
-            time.sleep(0 if what == "prepare" else 0.0005)
-        time.sleep(rng.uniform(0, task.write_s))
-    victims = workers(process) if rng.random() < 0.5 else []
-    if not victims:
-        return kill_all(process)
-    with suppress(ProcessLookupError):
-        os.kill(rng.choice(victims), signal.SIGKILL)
-    if what == "prepare":  # under torchrun, the other process is restarted with a new one
-        wait(process, 0, 2)
+    if what == "prepare":
+        wait(process, -signal.SIGKILL, 0, 2)  # 0: it was done before; 2: by the error of a worker
+    elif not victims:  # else torchrun restarts the other process with a new one
+        wait(process, -signal.SIGKILL)
 
 
 # ----------------------------------------------------------------------------------------- tasks
@@ -116,15 +101,12 @@ def kill(process: subprocess.Popen, kind: str) -> None:
 class Training:
     """train.py, started again and again in one folder."""
 
+    startup_s = 4.0
     write_s = 0.03  # about as long as a step or a write takes
 
     def __init__(self):
         write_text_dataset(base / "dataset", text, CharTokenizer.meta_of(text))
-        self.saved, began = {}, time.perf_counter()
-        first = self.start("first")
-        next(line for line in first.stdout if "% iter " in line)
-        self.startup_s = time.perf_counter() - began
-        kill_all(first)
+        self.saved = {}
 
     def start(self, out_dir: str = "killed", *args: str) -> subprocess.Popen:
         return start(*LAUNCHER, ROOT / "train.py", *SETTINGS, f"--dataset={base / 'dataset'}",
@@ -163,6 +145,7 @@ class Training:
 class Preparing:
     """data/text/prepare.py, started again and again by turns with two texts and tokenizers."""
 
+    startup_s = 1.0
     write_s = 0.0005  # about as long as it takes to rename the files
 
     def __init__(self):
@@ -170,13 +153,11 @@ class Preparing:
                      "data/text/prepare.py"):  # which writes to the folder beside its own
             (base / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / path, base / path)
-        self.folder, self.n_starts, self.mixed, self.refused = base / "data/mine", 0, 0, 0
+        self.folder, self.n_starts, self.refused = base / "data/mine", 0, 0
         self.expected = {}
         for name, part in (("char", text), ("bpe:300", text[::-1])):
             (base / f"{name}.txt").write_text(part * (1 + 1_200_000 // len(part)))
-            began = time.perf_counter()
             wait(self.start(name), 0)
-            self.startup_s = (time.perf_counter() - began) / 2
             self.expected[name] = self.contents()
 
     def start(self, name: str = "") -> subprocess.Popen:
@@ -210,23 +191,17 @@ class Preparing:
 
     def count_lost(self) -> int:
         """1 unless the dataset is the earlier one, the new one, or refused by train.py."""
-        files = [name.split(".")[:2] for name in self.temporary_files()]
-        if any(files.count(name) > 1 for name in files):
-            tqdm.write(f"the temporary files of an earlier start are left: {sorted(files)}")
-            return 1
         if self.contents() in (self.before, self.expected[self.name]):
             return 0
         refused = start(ROOT / "train.py", *TINY, "--eval_only=True",
                         f"--dataset={self.folder}").wait() == 2
-        self.mixed += 1
         self.refused += refused
         return not refused
 
     def compare(self) -> list[str]:
         """The files that are not those of a preparation that ends."""
         wait(self.start(), 0)
-        print(f"datasets of which only some files were new: {self.mixed}, of these refused by "
-              f"train.py: {self.refused}")
+        print(f"datasets of which only some files were new, refused by train.py: {self.refused}")
         found, expected = self.contents(), self.expected[self.name]
         return self.temporary_files() + [name for name in found.keys() | expected.keys()
                                          if found.get(name) != expected.get(name)]
@@ -237,14 +212,21 @@ class Preparing:
 task = Preparing() if what == "prepare" else Training()
 inside, lost, process = 0, 0, None
 for i in tqdm(range(kills), unit="kill"):
-    kind = "write" if inside <= i / 3 else rng.choice(["work", "start-up"])  # some miss the write
     if process is None or process.poll() is not None:
         process = task.start()
-    kill(process, kind)
+    kind = "write" if inside <= i / 3 else rng.choice(["work", "start-up"])  # some miss the write
+    if kind == "start-up":
+        time.sleep(rng.uniform(0, task.startup_s))
+    else:
+        task.wait_for_work(process)
+        while kind == "write" and not task.is_writing() and process.poll() is None:
+            time.sleep(task.write_s / 50)
+        time.sleep(rng.uniform(0, task.write_s))
+    kill(process, workers(process) if rng.random() < 0.5 else [])
     inside += kind != "start-up" and task.is_writing()  # else an earlier kill may have left it
     lost += task.count_lost()
 if process.poll() is None:  # torchrun has restarted its workers
-    kill_all(process)
+    kill(process, [])
     lost += task.count_lost()
 differing = task.compare()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import transformers
-from conftest import ROOT, TINY, forked, write_bin
+from conftest import ROOT, TINY, forked, snapshot, write_bin
 
 from data.encode import write_text_dataset
 from data.tokenizer import CharTokenizer, GPT2Tokenizer, TrainedTokenizer
@@ -101,13 +101,6 @@ def run(args: list[str | Path], folder: Path, environment: dict[str, str] | None
     return subprocess.run(args, cwd=folder, env=os.environ | environment, text=True,
                           errors="surrogateescape", capture_output=True, timeout=120,
                           stdin=subprocess.DEVNULL)
-
-
-def snapshot(*folders: Path) -> dict[Path, tuple]:
-    """The mode of every file and folder below, and what of a file a write would change."""
-    found = {path: path.lstat() for folder in folders for path in folder.rglob("*")}
-    return {path: (s.st_mode, *(() if path.is_dir() else (s.st_ino, s.st_size, s.st_mtime_ns)))
-            for path, s in found.items() if "__pycache__" not in path.parts}
 
 
 def run_in_copy(template: Path, folder: Path, change: Callable[[Path], object],
