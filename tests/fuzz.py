@@ -121,7 +121,7 @@ def config_file(rng: random.Random, template: Path) -> Case:
     is_name = text in NAMES
     return Case(f"{command}: {'argument' if is_name else 'config file'} {text:.50}",
                 [*COMMANDS[command], text if is_name else "conf.py"],
-                ["setting", "config file"] if is_name else ["conf.py"],
+                ["setting", "config file", "no value"] if is_name else ["conf.py"],
                 lambda folder: is_name or (folder / "conf.py").write_bytes(os.fsencode(text)), True)
 
 
@@ -178,7 +178,8 @@ def file(rng: random.Random, template: Path) -> Case:
         KINDS[what](target) if what in KINDS else target.write_bytes(contents[what])
 
     return Case(f"{command}: {path} is {what}", arguments(command),
-                [*path.parts[-2:], "documents"], change, what in KINDS and not optional,
+                [*path.parts[-2:], "documents", "of the text", "the prompt"], change,
+                what in KINDS and not optional,
                 what == "unreadable")
 
 

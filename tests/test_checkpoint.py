@@ -100,7 +100,7 @@ def test_a_flipped_bit_in_a_tensor_or_one_that_marks_it_as_a_folder_is_refused(s
     ({"iter_num": -5}, "iter_num = -5"), ({"iter_num": 2**63}, "iter_num = 9223372036854775808"),
     ({"bad_steps": -1}, "bad_steps = -1"), ({"seconds": math.nan}, "seconds = nan"),
     ({"best_val_loss": (2,)}, r"best_val_loss = \(2,\)"),
-    ({"history": [{"iter": 1, "val_loss": 2, "lr": "x"}]}, "history = ")])
+    ({"history": [{"iter": 1, "val_loss": 2, "lr": "x"}]}, "history has ")])
 def test_parts_of_another_type_or_range_are_a_user_error(path, contents, change, words):
     checkpoint.save(path, contents | change)
     with pytest.raises(UserError, match=rf"ckpt\.pt .*{words}"):
@@ -111,7 +111,7 @@ def test_parts_of_another_type_or_range_are_a_user_error(path, contents, change,
 def test_the_keys_that_a_checkpoint_lacks_are_named(path, contents):
     checkpoint.save(path, contents)
     lacks = " and ".join(name for name in ("model", "model_args") if name not in contents)
-    with pytest.raises(UserError, match=f"ckpt.pt is no checkpoint: it lacks {lacks};"):
+    with pytest.raises(UserError, match=f"ckpt.pt is damaged or no checkpoint: it lacks {lacks};"):
         checkpoint.load(path)
 
 

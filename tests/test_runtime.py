@@ -57,9 +57,9 @@ def test_a_device_that_is_not_there_is_refused(machine, device, words):
 # ------------------------------------------------------------------------------------- memory
 
 @pytest.mark.parametrize("shape, n_tokens, words", [
-    ({"n_layer": 10**4}, 1, ["n_layer = 10000", "takes at least 1,133 GB", "has 1,000"]),
+    ({"n_layer": 10**4}, 1, ["n_layer = 10000", "take at least 1,133 GB", "cpu has 1,000"]),
     ({"n_embd": 12 * 10**5}, 1, ["n_embd = 1200000"]), ({"block_size": 10**9}, 1, ["block_size"]),
-    ({}, 10**8, ["a batch of 100,000,000 tokens takes at least 3,686 GB"])])
+    ({}, 10**8, ["a batch of 100,000,000 tokens take at least 3,688 GB"])])
 def test_what_cannot_fit_into_memory_is_refused_by_arithmetic(monkeypatch, shape, n_tokens, words):
     sizes = {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 10**9}
     monkeypatch.setattr(runtime.os, "sysconf", sizes.get)
