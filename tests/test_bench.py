@@ -70,7 +70,7 @@ def test_without_a_dataset_random_tokens_are_trained_on_and_a_step_is_traced(pro
 def test_a_profile_that_the_profiler_did_not_write_is_not_reported(run_here, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", lambda self, path: None)
-    with pytest.raises(UserError, match="cannot write bench_trace.* did not write all of it"):
+    with pytest.raises(UserError, match="did not write all of bench_trace"):
         run_here("--mode=train", "--profile=True")
     assert list((tmp_path / "bench_trace").iterdir()) == []
 

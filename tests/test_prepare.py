@@ -328,10 +328,10 @@ def test_a_signal_leaves_the_earlier_files_and_no_temporary_ones(large, tmp_path
     for name in ("train.bin", "val.bin"):
         (tmp_path / name).write_bytes(b"old")
     with running(large, tmp_path) as process:
-        if number == signal.SIGTERM:
-            process.terminate()
-        else:
+        if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does: to the workers too
+        else:
+            process.send_signal(number)
         _, error = process.communicate(timeout=60)
         assert process.returncode in (128 + number, 2)
         assert "Traceback" not in error
