@@ -67,8 +67,9 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} = {value!r}: expected a whole number, at least 1")
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise ValueError(f"{name} = {value!r:.50}: expected a whole number, at least 1 and "
+                                 f"below 2**31")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: "
                              f"choose a multiple of {self.n_head}")

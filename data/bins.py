@@ -10,11 +10,11 @@ import pickle
 import shutil
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO, TypeVar
 
 import numpy as np
@@ -79,9 +79,6 @@ def dataset_writer(folder: Path, meta: dict | None) -> Iterator[Callable[[str, b
     that `open_bin` notices if the process is killed before the last file is.
     Raises UserError, also if another process writes a dataset in the folder.
     """
-    for number in filter(None, (signal.SIGTERM, getattr(signal, "SIGHUP", None))):  # not on Windows
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     remove_stale(folder)
     counts = {"train_tokens": 0, "train_bytes": 0, "val_tokens": 0, "val_bytes": 0}
     kind = tokenizer_name(meta)
@@ -91,6 +88,7 @@ def dataset_writer(folder: Path, meta: dict | None) -> Iterator[Callable[[str, b
         if path.is_dir():
             raise UserError(f"{path} is a folder: move it away")
     with ExitStack() as stack:
+        check_signals = stack.enter_context(deferred_signals())
         # The last one is renamed first.
         files = {name: stack.enter_context(atomic_write(folder / name))
                  for name in ("train.bin", "val.bin", *extra, "dataset.json")}
@@ -101,6 +99,7 @@ def dataset_writer(folder: Path, meta: dict | None) -> Iterator[Callable[[str, b
                             f"{others[0].name} if there is none")
 
         def write(split: str, ids: bytes, n_bytes: int) -> None:
+            check_signals()
             files[f"{split}.bin"].write(ids)
             counts[f"{split}_tokens"] += len(ids) // 2
             counts[f"{split}_bytes"] += n_bytes
@@ -118,6 +117,34 @@ def dataset_writer(folder: Path, meta: dict | None) -> Iterator[Callable[[str, b
         path.unlink(missing_ok=True)
     for split in ("train", "val"):
         print(f"{folder / split}.bin: {counts[f'{split}_tokens']:,} tokens")
+
+
+@contextmanager
+def deferred_signals() -> Iterator[Callable[[], None]]:
+    """Yields a function that raises an exception if SIGINT, SIGTERM or SIGHUP has come. Raised at any
+    place, it might leave a lock of a process pool locked. A second signal raises it at once.
+    """
+    received = []
+
+    def stop() -> None:
+        if received:
+            raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(
+                128 + received[0])
+
+    def record(number: int, frame: FrameType | None) -> None:
+        stop()
+        received.append(number)
+
+    numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
+    earlier = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in earlier.items():
+        if handler != signal.SIG_IGN:  # nohup
+            signal.signal(number, record)
+    try:
+        yield stop
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def remove_stale(folder: Path) -> None:

@@ -7,8 +7,9 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +72,13 @@ def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict
         raise UserError("a worker process was killed, as happens when memory runs out: try a "
                         "smaller --num_proc") from None
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for future in pending:  # a worker that is killed while it sends a result blocks its reader
+            with suppress(CancelledError, TimeoutError):
+                future.exception(timeout=10)
         for process in multiprocessing.active_children():
             process.kill()  # one may wait for a lock of a killed one, and `shutdown` for it
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
         if is_new and not any(folder.iterdir()):
             folder.rmdir()
 

@@ -201,9 +201,9 @@ def check_meta(meta: object, source: object) -> dict:
             valid = bool(TrainedTokenizer(meta))
         else:
             itos, stoi = meta["itos"], meta["stoi"]
-            valid = (all(type(char) is str and type(i) is type(stoi[char]) is int
-                         and 0 <= i == stoi[char] < size for i, char in itos.items())
-                     and type(size) is int and len(itos) == len(stoi) == size > 0)
+            valid = (type(size) is int and len(itos) == len(stoi) == size > 0
+                     and all(type(char) is str and type(i) is type(stoi[char]) is int
+                             and 0 <= i == stoi[char] < size for i, char in itos.items()))
     except (TypeError, ValueError, LookupError, AttributeError):
         valid = False
     if not valid:
