@@ -121,8 +121,8 @@ def dataset_writer(folder: Path, meta: dict | None) -> Iterator[Callable[[str, b
 
 @contextmanager
 def deferred_signals() -> Iterator[Callable[[], None]]:
-    """Yields a function that raises an exception if SIGINT, SIGTERM or SIGHUP has come. Raised at any
-    place, it might leave a lock of a process pool locked. A second signal raises it at once.
+    """Yields a function that raises an exception if SIGINT, SIGTERM or SIGHUP has come. Raised at
+    any place, it might leave a lock of a process pool locked. A second signal raises it at once.
     """
     received = []
 

@@ -63,7 +63,7 @@ WRONG_VALUES = ["[]", "{}", "b'x'", "1j", "...", "object()", "float('nan')", "10
                 "__import__('numpy').array([1])", "__import__('decimal').Decimal(1)"]
 VALUES = ["10**20", "1e305", "0", "True", "None", "'x'", "__import__('numpy').float32(0.5)"]
 TEXTS = ["", " ", "~", "~/x", "é", "\U0001f600", "\udcff", "x" * 5000, "a/b/c", "prompt.txt",
-         "corpus", "{}%s", "'", "a\nb", "\x1b[31m", "None", "True", "-", "*", "[", "cuda", "cpu:7",
+         "corpus", "{}%s", "'", "a\nb", "\x1b[31m", "None", "True", "-", "[", "cuda", "cpu:7",
          "meta", "mps", "float16", "resume", "scratch", "auto", "gpt2-xl", "owner/name", "bpe:1",
          "bpe:1e9", "char:1", "FILE:", "FILE:~", "FILE:out", "corpus,none"]
 LONG = ["max_iters", "max_new_tokens", "new_tokens", "rounds", "input_mb"]  # if a value is large
@@ -99,7 +99,7 @@ def setting_case(command: str, name: str, rng: random.Random) -> Case:
             if not str(arg).startswith(f"--{name}=")]
     return Case(f"{command}: {name} = {text:.30}{' in a config file' * by_file}",
                 [*args, "conf.py" if by_file else f"--{name}={text}"],
-                [name, text.strip() or name, "file name", "the text"],
+                [name, text.strip() or name, "file name", "the text", "documents"],
                 lambda folder: by_file and (folder / "conf.py").write_text(f"{name} = {text}\n"),
                 text in wrong)
 
@@ -137,12 +137,12 @@ FILES = {
     "train --init_from=out/ckpt.pt": "out/ckpt.pt",
     "train --tensorboard_log=True": "?out/tensorboard",
     "train conf.py": "conf.py",
-    "resume": "out/ckpt.pt data/val.bin ?out/metrics.jsonl ?out/best.pt ?out/lock ?out/lock.owner",
+    "resume": "?out/ckpt.pt data/val.bin ?out/metrics.jsonl ?out/best.pt ?out/lock ?out/lock.owner",
     TRAINED: "trained/tokenizer.json",
     "finetune": "gpt/config.json gpt/model.safetensors bpe/train.bin",
     "sample --start=FILE:prompt.txt": "?out/best.pt prompt.txt",
     EXPORT: "out/ckpt.pt ?exported ?exported/config.json ?exported/model.safetensors",
-    "bench --mode=train --profile=True": "data/train.bin ?data/meta.pkl ?bench_trace",
+    "bench --mode=train --profile=True": "?data/train.bin ?data/meta.pkl ?bench_trace",
     "plan": "?plan.json",
     "characters": "repo/data/shakespeare_char/input.txt ?repo/data/shakespeare_char/val.bin "
                   "?repo/data/shakespeare_char/meta.pkl ?repo/data/shakespeare_char/dataset.json",
@@ -178,9 +178,8 @@ def file(rng: random.Random, template: Path) -> Case:
         KINDS[what](target) if what in KINDS else target.write_bytes(contents[what])
 
     return Case(f"{command}: {path} is {what}", arguments(command),
-                [*path.parts[-2:], "documents", "of the text", "the prompt"], change,
-                what in KINDS and not optional,
-                what == "unreadable")
+                [*path.parts[-2:], "documents", "the prompt", "the text", "of the text"], change,
+                what in KINDS and not optional, what == "unreadable")
 
 
 # ------------------------------------------------------------------------------ values in a file
@@ -251,7 +250,7 @@ def make_case(seed: int, number: int, template: Path) -> Case:
 def fault(case: Case, status: int, error: str, touched: set[Path]) -> str | None:
     """What is wrong with how a case ended; None if nothing is."""
     # sample.py prints its settings and its device to stderr, as the text alone goes to stdout.
-    error = re.sub(r"^(settings|running on|restored).*\n", "", error, flags=re.MULTILINE)
+    error = re.sub(r"^(settings|running on|restored|USDT).*\n", "", error, flags=re.MULTILINE)
     if status == -14:
         return f"more than {SECONDS} s"
     if "Traceback" in error:

@@ -13,12 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, snapshot
+from conftest import ROOT, Malicious, snapshot
 from wrong_use import CAN_DROP, COMMANDS, arguments, run_in_copy, write_template
 
 from data.tokenizer import CharTokenizer
@@ -44,16 +41,6 @@ class Case(NamedTuple):
 
 # ------------------------------------------------------------------------------- contents of files
 
-def ids(*values: int) -> bytes:
-    return np.array(values, "<u2").tobytes()
-
-
-def parquet(**columns: list) -> bytes:
-    file = io.BytesIO()
-    pa.parquet.write_table(pa.table(columns), file)
-    return file.getvalue()
-
-
 def saved(contents: object) -> bytes:
     """What torch.save writes."""
     file = io.BytesIO()
@@ -75,11 +62,7 @@ def absent(name: str) -> dict[str, Change]:
     return {f"modules/{name}.py": f"raise ModuleNotFoundError({name!r}, name={name!r})".encode()}
 
 
-class Malicious:
-    """Pickles as a call that creates a file, `pwned` in the current folder."""
-
-    def __reduce__(self) -> tuple:
-        return open, ("pwned", "w")
+MALICIOUS = Malicious(open, "pwned", "w")
 
 
 # --------------------------------------------------------------------------------------- the cases
@@ -93,7 +76,7 @@ CASES = {
     # the data
     "ids outside the vocabulary in val.bin": Case(
         "train", ["val.bin", "id 200", "14", "another tokenizer"],
-        {"data/val.bin": lambda content: ids(200) + content[2:]}),
+        {"data/val.bin": lambda content: b"\xc8\0" + content[2:]}),
     # checkpoints
     "nothing to resume": Case(
         "resume --out_dir=none", ["nothing to resume", "none", "--init_from=auto"]),
@@ -112,16 +95,16 @@ CASES = {
         edited(lambda c: c["model"].pop(C_FC))),
     "a malicious checkpoint": Case(
         "resume", ["ckpt.pt", "than plain data"],
-        {"out/ckpt.pt": saved({"model": {}, "model_args": {}, "config": Malicious()})}),
+        {"out/ckpt.pt": saved({"model": {}, "model_args": {}, "config": MALICIOUS})}),
     "a malicious checkpoint of the old format": Case(
         "sample --checkpoint=ckpt.pt", ["ckpt.pt", "than plain data"],
-        {"out/ckpt.pt": pickle.dumps(Malicious(), protocol=2)}),
+        {"out/ckpt.pt": pickle.dumps(MALICIOUS, protocol=2)}),
     # pretrained weights
     "a model that cannot be downloaded": Case(
         "sample --init_from=owner/name", ["owner/name", "neither a local file or folder", "hub"]),
     "malicious pretrained weights": Case(
         "sample --init_from=gpt", ["pytorch_model.bin", "cannot read"],
-        {"gpt/model.safetensors": None, "gpt/pytorch_model.bin": saved({C_FC: Malicious()})}),
+        {"gpt/model.safetensors": None, "gpt/pytorch_model.bin": saved({C_FC: MALICIOUS})}),
     "pretrained weights of another tokenizer": Case(
         "finetune --dataset={folder}/data", ["gpt", "GPT-2's BPE", "14 characters"]),
     # out_dir and loggers
@@ -158,8 +141,7 @@ CASES = {
     "one document": Case(
         "documents", ["1 of 1 documents", "at least 2"], {"corpus/a.jsonl": b'{"text": "one"}\n'}),
     "a parquet file without text": Case(
-        "documents --input=corpus/a.parquet", ["corpus/a.parquet", "no column `text`", "body"],
-        {"corpus/a.parquet": parquet(body=["one", "two", "three"])}),
+        "documents --input=body.parquet", ["body.parquet", "no column `text`", "body"]),
 }
 
 

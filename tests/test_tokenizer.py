@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Malicious
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
@@ -129,16 +129,6 @@ def test_two_metas_are_of_the_same_tokenizer_if_they_give_the_same_ids():
 
 
 # --------------------------------------------------------------------- meta.pkl and tokenizer.json
-
-class Malicious:
-    """Pickles as a call of function(*args)."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
-
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_a_vocabulary_is_read_from_a_meta_pkl_of_any_protocol_or_there_is_none(tmp_path, protocol):

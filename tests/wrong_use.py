@@ -40,10 +40,6 @@ COMMANDS = {
 }
 
 
-def parquet(path: Path, **columns: list) -> None:
-    pa.parquet.write_table(pa.table(columns), path)
-
-
 def write_template(folder: Path) -> Path:
     """A folder with all files that the valid commands need. Returns it."""
     text = "to be or not to be that is the question whether " * 20
@@ -63,7 +59,8 @@ def write_template(folder: Path) -> Path:
     (folder / "corpus/a.jsonl").write_text(documents)
     (folder / "more/b.jsonl").write_text(documents)
     (folder / "more/c.txt").write_text(f"four{text}<|endoftext|>five")
-    parquet(folder / "more/d.parquet", text=["six", "seven"])
+    for name, column in (("more/d.parquet", "text"), ("body.parquet", "body")):
+        pa.parquet.write_table(pa.table({column: ["six", "seven"]}), folder / name)
     subprocess.run(["gzip", "-k", folder / "more/b.jsonl"], check=True)
     config = transformers.GPT2Config(n_positions=16, n_layer=1, n_head=1, n_embd=2)
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "gpt")
