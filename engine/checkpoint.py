@@ -242,6 +242,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
         params = [(name, p, ["momentum"] if "momentum" in group else ["exp_avg", "exp_avg_sq"])
                   for group in optimizer.param_groups
                   for name, p in zip(group["param_names"], group["params"], strict=True)]
+        if not all(isinstance(group, dict) for group in saved["param_groups"]):
+            raise ValueError("it has no parameter groups")
         saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
         names = [name for group in saved["param_groups"] for name in group.get("param_names", [])]
         saved_id = dict(zip(names or [name for name, _, _ in params], saved_ids, strict=True))

@@ -184,7 +184,7 @@ def test_a_damaged_meta_pkl_is_named_with_what_to_do(tmp_path_factory, content):
     {**ABC, "itos": ["a", "b", "c"]}, {**ABC, "itos": {0: "b", 1: "a", 2: "c"}},
     {**ABC, "itos": {-1: "a", 1: "b", 2: "c"}, "stoi": {"a": -1, "b": 1, "c": 2}},
     {**ABC, "stoi": {"a": 0, "b": 1, "c": 2, "d": 3}}, {"vocab_size": 0, "itos": {}, "stoi": {}},
-    {**TRAINED, "vocab_size": 331}], ids=lambda meta: repr(meta)[:90])
+    {**TRAINED, "vocab_size": 331}, None], ids=lambda meta: repr(meta)[:90])
 def test_a_wrong_vocabulary_is_refused_and_its_source_named(tmp_path, meta):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     with pytest.raises(UserError, match=r"meta\.pkl holds no vocabulary"):
