@@ -300,7 +300,8 @@ def running(large: Path, out: Path, **environment: str) -> Iterator[subprocess.P
         [sys.executable, ROOT / OPENWEBTEXT, f"--input={large}", f"--out_dir={out}"],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | environment,  # a shell's background jobs inherit an ignored SIGINT
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL)
+                            for number in (signal.SIGINT, signal.SIGHUP)])
     try:
         while not any(path.stat().st_size > 100_000 for path in out.glob("train.bin.*.tmp")):
             assert process.poll() is None, process.stderr.read()
