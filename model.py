@@ -73,7 +73,10 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: "
                              f"choose a multiple of {self.n_head}")
-        if not 0 <= self.dropout < 1:
+        for name in ("bias", "qk_norm", "smear", "tie_weights"):
+            if type(getattr(self, name)) not in (bool, int):
+                raise ValueError(f"{name} = {getattr(self, name)!r:.50}: expected True or False")
+        if type(self.dropout) not in (float, int) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: expected 0 <= dropout < 1")
         for name, choices in (("activation", ACTIVATIONS), ("positions", POSITIONS)):
             if getattr(self, name) not in choices:

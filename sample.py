@@ -37,7 +37,7 @@ compile: bool | None = False  # torch.compile, which takes about a minute; None:
 
 configure(globals(), file=sys.stderr)
 rules = ["num_samples >= 1", "max_new_tokens >= 0", "temperature >= 0",
-         "num_samples * (max_new_tokens + 1) <= 10**8",
+         "num_samples * (max_new_tokens + 1) <= 10**8", "init_from != ''",
          "top_k is None or top_k >= 1", "top_p is None or 0 < top_p <= 1",
          "0.01 <= repetition_penalty <= 100", "start != ''", "stop != ''", "export != ''",
          "start is None or not interactive", "0 <= seed < 2**64"]
