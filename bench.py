@@ -63,6 +63,7 @@ usd_per_gpu_hour: float | None = None
 seed = 1337
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
 dtype: str | None = None  # float32 | bfloat16 | float16; None: choose by hardware and model width
+recompute = False  # compute the blocks again in the backward pass: less memory, more time
 compile: bool | None = None  # torch.compile; None: on a GPU, and on a CPU for long runs
 max_iters = 600000  # total number of steps, for mode = plan and compile = None
 gradient_accumulation_steps = 5 * 8  # micro-batches per step, likewise
@@ -152,6 +153,7 @@ with user_errors(), torch.device("meta" if mode == "plan" else "cpu"):
         runtime.check_memory(model_config, (batch_size or 1) * block_size * ("train" in modes),
                              device, bytes_per_weight=4)
     model = GPT(model_config)
+model.recompute = recompute
 if mode == "plan":
     record("plan", **plan(model, gpu, n_gpus, gpu_memory_gb, dtype, optimizer, batch_size or 12,
                           gradient_accumulation_steps, max_iters, mfu, usd_per_gpu_hour))

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # the approximation that GPT-2 uses
@@ -272,9 +273,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             # The gradient of the logits, softmax - one_hot(target), in the memory of log_probs.
             grad = log_probs.exp_()
             grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-            grad = grad.masked_fill_(ignored, 0.0).to(dtype)
-            x_grad_chunk.copy_(grad @ w)
-            weight_grad += grad.t() @ x_chunk
+            grad = grad.to(dtype)
+            x_grad_chunk.copy_((grad @ w).masked_fill_(ignored, 0.0))
+            weight_grad += grad.t() @ x_chunk.masked_fill(ignored, 0.0)
         n_targets = (targets >= 0).sum()
         ctx.save_for_backward(x_grad, weight_grad, n_targets)
         return loss / n_targets
@@ -292,6 +293,7 @@ class GPT(nn.Module):
     """A decoder-only transformer language model."""
 
     compiled_forward: Callable | None = None  # set by compile_decode
+    recompute = False  # compute blocks again in the backward pass: less memory, a third more time
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -346,7 +348,11 @@ class GPT(nn.Module):
             rotary = rotary_emb(positions, config.n_embd // config.n_head)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, positions, rotary, attn_mask, None if cache is None else cache.layers[i])
+            args = x, positions, rotary, attn_mask, None if cache is None else cache.layers[i]
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x = block(*args)
         x = self.transformer.ln_f(x)
         if cache is not None:
             cache.length += T

@@ -73,6 +73,7 @@ backend: str | None = None  # nccl | gloo; None: choose
 collective_timeout = 600  # seconds to wait for a process that does not answer
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
 dtype: str | None = None  # float32 | bfloat16 | float16; None: choose by hardware and model width
+recompute = False  # compute the blocks again in the backward pass: less memory, more time
 compile: bool | None = None  # torch.compile; None: on a GPU, and on a CPU for long runs
 
 config, overrides = configure(globals())
@@ -173,6 +174,7 @@ rt = runtime.start(device, dtype, compile, model.config.n_embd, run_flops, backe
                    collective_timeout)
 micro_steps = range(rt.rank, gradient_accumulation_steps, rt.world_size)  # of this process
 model.to(rt.device)
+model.recompute = recompute
 if rt.device.type == "cpu":
     cpu.accelerate(model)
 

@@ -32,13 +32,14 @@ def memory_by_part(model: GPT, batch_size: int, dtype: str, optimizer: str, n_gp
     block = 8 * C + 14 * C * size + 16 + 4 * c.n_head + (2 * C if c.dropout else 0)
     if c.positions == "rotary" or c.qk_norm:  # new queries and keys
         block += 2 * C * size * ((c.positions == "rotary") + c.qk_norm)
+    blocks = c.n_layer * 4 * C + block if model.recompute else c.n_layer * block
     chunk = max(N // 8, 2**24 // V)  # rows of logits at a time, in LinearCrossEntropy
     return {
         "weights": 4 * n_params + (2 * n_params if size == 2 else 0),  # with copies in dtype
         "optimizer": 8 * n_params - 4 * muon,
         "ddp_buckets": 4 * n_params if n_gpus > 1 else 0,  # where gradients are averaged
         "gradients": 4 * n_params,
-        "activations": N * (c.n_layer * block + 8 * C),
+        "activations": N * (blocks + 8 * C),
         "logits": 8 * min(chunk, N) * V + (4 + size) * V * C}
 
 

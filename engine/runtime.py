@@ -4,6 +4,7 @@ Defaults of None are chosen from the hardware, the width of the model and the le
 never from a timing, so that two runs on one machine choose alike.
 """
 
+import math
 import os
 import re
 import shutil
@@ -16,10 +17,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
 from typing import NoReturn
-
-# Huge pages for large tensors: without them, a CPU spends a tenth of a step of GPT-2 124M on page
-# faults. torch reads the variable at its first allocation.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
@@ -201,12 +198,12 @@ def choose_device(device: str | None) -> torch.device:
 
 def choose_dtype(dtype: str | None, device: torch.device, n_embd: int) -> str:
     """The given precision, or bfloat16 where the hardware multiplies it; on a CPU only for models
-    at least 256 wide, since narrower ones lose more to casts than they gain."""
+    so wide that they gain more than they lose to casts (docs/benchmarks.md has the widths)."""
     cuda = device.type == "cuda"
     cpu = torch.cpu.get_capabilities()
+    min_width = 256 if cpu.get("amx_bf16") else 128 if cpu.get("avx512_bf16") else math.inf
     bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda else
-            device.type == "cpu" and n_embd >= 256
-            and (cpu.get("amx_bf16") or cpu.get("avx512_bf16")))
+            device.type == "cpu" and n_embd >= min_width)
     if dtype is None:
         return "bfloat16" if bf16 else "float16" if cuda else "float32"
     check_choice("dtype", dtype, DTYPES)

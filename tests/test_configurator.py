@@ -1,5 +1,6 @@
 """Config files, arguments and their errors, in this process and in scripts as users run them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -111,6 +112,17 @@ def test_config_files_may_contain_the_settings_of_another_script(new, write, tmp
     for argument, also_accept in ((file, None), ("--learning_rate=3", other)):
         with pytest.raises(UserError, match="'learning_rate' does not exist"):
             configure(new, [argument], also_accept=also_accept)
+
+
+@pytest.mark.parametrize("environment, expected", [
+    ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+def test_waiting_threads_sleep_soon_unless_the_environment_says_otherwise(environment, expected):
+    code = "import configurator, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    inherited = {name: value for name, value in os.environ.items()
+                 if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=inherited | environment,
+                             capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == expected
 
 
 def test_without_arguments_settings_keep_their_defaults(new, capsys):

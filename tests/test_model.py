@@ -276,6 +276,26 @@ def test_a_second_backward_of_loss_only_is_an_error(idx):
         loss.backward()
 
 
+@pytest.mark.parametrize("changes", [{"dropout": 0.2}, MODERN])
+def test_recomputed_blocks_give_the_same_gradients_and_save_only_their_inputs(changes):
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(**SHAPE | changes))
+    idx = torch.randint(300, (2, 32))
+    results, n_saved = [], []
+    for gpt.recompute in (False, True):
+        gpt.zero_grad()
+        saved = {}
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, saved=saved: saved.setdefault(t.data_ptr(), t), lambda t: t):
+            loss = gpt(idx, idx, loss_only=True)[1]
+        n_saved.append(sum(t.numel() for t in saved.values()))
+        loss.backward()
+        results.append([loss, *(p.grad for p in gpt.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert n_saved[1] < n_saved[0] / 2
+
+
 def test_loss_only_allocates_less_than_the_logits():
     gpt = GPT(GPTConfig(block_size=64, vocab_size=50304, n_layer=1, n_head=2, n_embd=16))
     idx = torch.zeros(12, 64, dtype=torch.long)

@@ -50,6 +50,18 @@ def test_activations_are_what_autograd_saves(settings, dtype):
     assert predicted == pytest.approx(measured, rel=0.03)
 
 
+def test_recomputing_blocks_leaves_the_activations_of_one_and_the_inputs_of_all():
+    model = GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=3, n_head=2, n_embd=64))
+    per_layer = []
+    for model.recompute in (False, True):
+        sizes = []
+        for layers in (3, 5):
+            model.config.n_layer = layers
+            sizes.append(memory_by_part(model, 8, "bfloat16", "adamw", 1)["activations"])
+        per_layer.append((sizes[1] - sizes[0]) / 2)
+    assert per_layer[1] == 8 * 64 * 64 * 4 < per_layer[0] / 5
+
+
 @pytest.mark.parametrize("args, words", [
     (["--gpu=H1000"], ["gpu = 'H1000'", "did you mean H100"]),
     (["--gpu=T4", "--dtype=bfloat16"], ["'bfloat16'", "T4"]), (["--mfu=0"], ["mfu"]),

@@ -77,7 +77,8 @@ AMX = {"amx_bf16": True}
 
 @pytest.mark.parametrize("device, has, n_embd, expected", [
     (CPU, {}, 256, "float32"), (CPU, AMX, 256, "bfloat16"),
-    (CPU, {"avx512_bf16": True}, 256, "bfloat16"),
+    (CPU, {"avx512_bf16": True}, 128, "bfloat16"), (CPU, {"avx512_bf16": True}, 127, "float32"),
+    (CPU, AMX | {"avx512_bf16": True}, 255, "float32"),  # all CPUs with AMX
     (CPU, {"avx512": True, "avx2": True, "amx_bf16": False}, 256, "float32"),
     (CPU, AMX, 255, "float32"),  # narrow
     (CUDA, {"cuda": 1, "bf16": True}, 255, "bfloat16"),
