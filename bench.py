@@ -346,9 +346,15 @@ if "train" in modes:
 # --------------------------------------------------------------------------------------- sampling
 
 if "sample" in modes:
-    model.to(torch_dtype).eval()
+    sampling_dtype = dtype or (rt.dtype if on_gpu else cpu.sampling_dtype(model))
+    n_params = model.get_num_params()
+    print(f"weights in {sampling_dtype}")
     if compile or (on_gpu and rt.compile):  # on a CPU only if asked for
-        model.compile_decode()
+        model.to(getattr(torch, sampling_dtype)).eval().compile_decode()
+    elif on_gpu:
+        model.to(torch_dtype).eval()
+    else:
+        cpu.accelerate_sampling(model.eval(), sampling_dtype)
     idx = torch.zeros(num_samples, 1, dtype=torch.long, device=rt.device)  # (B, T)
     fns = {"ours": partial(model.generate, idx, new_tokens, top_k=top_k)}
     if peer == "plain":
@@ -360,8 +366,8 @@ if "sample" in modes:
             max_new_tokens=new_tokens, pad_token_id=0)
     seconds = time_interleaved(fns)
     steps_per_s = new_tokens / median(seconds["ours"])  # each reads all weights
-    weight_gb = sum(p.nbytes for p in model.parameters()) / 1e9
-    record("sample", parameters=model.get_num_params(), tokens_per_s=num_samples * steps_per_s,
+    weight_gb = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)) / 1e9
+    record("sample", parameters=n_params, tokens_per_s=num_samples * steps_per_s,
            of_memory_bound=steps_per_s * weight_gb / results["machine"]["memory_gb_per_s"],
            **compare(seconds))
 

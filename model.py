@@ -414,7 +414,8 @@ class GPT(nn.Module):
 
         B, T = idx.shape
         max_len = block_size if self.compiled_forward else min(T + max_new_tokens, block_size)
-        cache = KVCache(self.config, B, max_len, idx.device, autocast_dtype(self.lm_head.weight))
+        cache = KVCache(self.config, B, max_len, idx.device,
+                        autocast_dtype(self.transformer.wte.weight))
         if self.compiled_forward:  # CUDA graphs read and write fixed addresses
             for tensor in (cache.length, cache.prev_idx, *sum(cache.layers, ())):
                 torch._dynamo.mark_static_address(tensor)

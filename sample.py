@@ -32,7 +32,7 @@ repetition_penalty = 1.0  # above 1: lower the logits of tokens that occurred
 stop: str | None = None  # end a sample after this text, such as "<|endoftext|>"
 seed = 1337
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
-dtype: str | None = None  # float32 | bfloat16 | float16; None: choose by hardware and model width
+dtype: str | None = None  # float32 | bfloat16 | float16; None: choose by hardware and model size
 compile: bool | None = False  # torch.compile, which takes about a minute; None: on a GPU
 
 configure(globals(), file=sys.stderr)
@@ -79,11 +79,14 @@ with user_errors():
 runtime.check_memory(model.config, num_samples * min(max_new_tokens, model.config.block_size),
                      device, bytes_per_weight=2)
 with redirect_stdout(sys.stderr):
-    rt = runtime.start(device, dtype, compile, model.config.n_embd, flops=0)
-# All weights in dtype: decoding is limited by reading them, and autocast would read float32.
-model.eval().to(rt.device, getattr(torch, rt.dtype))
-if rt.device.type == "cpu":
-    cpu.accelerate(model)
+    on_cpu = runtime.choose_device(device).type == "cpu"
+    rt = runtime.start(device, dtype or (cpu.sampling_dtype(model) if on_cpu else None), compile,
+                       model.config.n_embd, flops=0)
+# Weights in dtype: decoding is limited by reading them, and autocast would read float32.
+if on_cpu and not rt.compile:
+    cpu.accelerate_sampling(model.eval(), rt.dtype)
+else:
+    model.eval().to(rt.device, getattr(torch, rt.dtype))
 if rt.compile:
     model.compile_decode()
 tokenizer = get_tokenizer(meta)

@@ -4,37 +4,91 @@ draws other random numbers).
 A part stays here while it gains 10 % on a row of the benchmark; docs/benchmarks.md has the gains.
 """
 
+import ctypes
 import math
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
+from engine.runtime import find_compiler
 from model import GPT, CausalSelfAttention
+
+HAS_BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def accelerate(model: GPT) -> None:
-    """Replace the parts of a model, in place, by those of this module. Parameters stay."""
+    """Replace the parts of a model, in place, by those that train faster. Parameters stay."""
     for module in model.modules():
-        for part in (Linear, Dropout, Attention):
+        for part in (Dropout, Attention):
             if type(module) is part.__base__:
                 module.__class__ = part
 
 
+def sampling_dtype(model: GPT) -> str:
+    """The faster dtype for the weights in sampling: bfloat16 for models that no cache holds, as
+    reading them is the work, where the kernel or the hardware multiplies it; else float32."""
+    return "bfloat16" if is_large(model) and (load_kernel() or HAS_BF16) else "float32"
+
+
+def accelerate_sampling(model: GPT, dtype: str) -> None:
+    """Store the weights of the linear layers in dtype, float32 or bfloat16, and multiply few rows
+    with them by the kernel of few_rows.cpp; the rest of the model stays float32. Small models, and
+    all without a C++ compiler, become models in dtype. In place; for a model in float32."""
+    torch_dtype = getattr(torch, dtype)
+    if not is_large(model) or not load_kernel():
+        model.to(torch_dtype)
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+            module.weight = nn.Parameter(module.weight.to(torch_dtype), requires_grad=False)
+
+
+def is_large(model: GPT) -> bool:
+    return sum(p.numel() for p in model.parameters()) >= 5e6
+
+
+@cache
+def load_kernel() -> ctypes.CDLL | None:
+    """The compiled few_rows.cpp, or None, after a line of notice, if this machine cannot compile
+    it. That takes about half a second, so the result is not stored."""
+    compiler = find_compiler("CXX", "g++", "clang++") or "g++"
+    # Sums in any order, for vectors; -ffast-math would also change the arithmetic of torch.
+    options = ["-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros",
+               "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]
+    with tempfile.TemporaryDirectory() as folder:
+        library = os.path.join(folder, "few_rows.so")
+        try:
+            subprocess.run([compiler, *options, Path(__file__).with_name("few_rows.cpp"), "-o",
+                            library], check=True, capture_output=True, timeout=60)
+            return ctypes.CDLL(library)
+        except (OSError, subprocess.SubprocessError):
+            print("sampling is slower without a C++ compiler that knows OpenMP: install g++",
+                  file=sys.stderr)
+            return None
+
+
 class Linear(nn.Linear):
-    """nn.Linear, faster for the few rows of decoding, where reading the weight is the work."""
+    """nn.Linear for sampling, with a float32 or bfloat16 weight and float32 input and output."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // self.in_features
-        if rows > 16 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        if rows == 1:  # in bfloat16 with AMX twice as fast as F.linear
-            y = torch.mv(self.weight, x.flatten())
-        elif rows > 2 and x.dtype == torch.float32 and self.weight.numel() >= 2**18:
-            # MKL takes half the time for the transposed product of large matrices
-            y = (self.weight @ x.reshape(rows, -1).t().contiguous()).t().contiguous()
+        if rows > 16:
+            dtype = self.weight.dtype if HAS_BF16 else torch.float32
+            y = F.linear(x.to(dtype), self.weight.to(dtype)).float()
         else:
-            return super().forward(x)
-        y = y.reshape(*x.shape[:-1], -1)
+            x = x.contiguous()
+            y = x.new_empty(*x.shape[:-1], self.out_features)
+            kernel = load_kernel()["linear_" + str(self.weight.dtype).removeprefix("torch.")]
+            kernel(*(ctypes.c_void_p(t.data_ptr()) for t in (self.weight, x, y)),
+                   *map(ctypes.c_long, (rows, self.in_features, self.out_features)))
         return y if self.bias is None else y + self.bias
 
 

@@ -218,7 +218,7 @@ def choose_compile(compile: bool | None, device: torch.device, flops: float) -> 
     compiler that torch needs."""
     variable, *names = (("CC", "gcc", "clang") if device.type == "cuda"
                         else ("CXX", "g++", "clang++"))
-    found = any(shutil.which(name) for name in (os.environ.get(variable) or "", *names))
+    found = find_compiler(variable, *names) is not None
     missing = f"neither {' nor '.join(names)} is installed"
     if compile and not found:
         raise UserError(f"compile = True needs a compiler, but {missing}: install one, name yours "
@@ -228,6 +228,11 @@ def choose_compile(compile: bool | None, device: torch.device, flops: float) -> 
         if compile and not found and flops:
             print0(f"not compiled, as {missing}: install one to train faster")
     return compile and found
+
+
+def find_compiler(variable: str, *names: str) -> str | None:
+    """The path of the program that an environment variable names, or else of the first of names."""
+    return next(filter(None, map(shutil.which, (os.environ.get(variable) or "", *names))), None)
 
 
 # --------------------------------------------------------------------------------- seeds, signals

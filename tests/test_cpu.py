@@ -7,7 +7,8 @@ import transformers
 from conftest import MODERN, relative
 
 from engine import cpu
-from model import GPT, GPTConfig
+from engine.runtime import find_compiler
+from model import GPT, GPTConfig, KVCache
 
 SHAPE = {"block_size": 32, "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 64}
 PRECISIONS = pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def test_an_accelerated_model_has_the_same_parameters_logits_and_gradients(
     assert list(after) == list(before) and all(after[name] is p for name, p in before.items())
     assert (accelerated.lm_head.weight is accelerated.transformer.wte.weight) is not changes
     names = [type(module).__module__ for module in accelerated.modules()]
-    assert names.count("engine.cpu") == 2 * (1 + 4 + 2) + 2  # attention, Linear, Dropout
+    assert names.count("engine.cpu") == 2 * (1 + 2) + 1  # attention, Dropout
 
     idx = torch.randint(300, (2, 32))
     results = []
@@ -43,17 +44,75 @@ def test_an_accelerated_model_has_the_same_parameters_logits_and_gradients(
         assert relative(grad, expected) < tolerance, name
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+# ------------------------------------------------------------------------------------- few rows
+
+@pytest.fixture
+def large(monkeypatch):
+    """Treats all models as large."""
+    monkeypatch.setattr(cpu, "is_large", lambda model: True)
+
+
+@pytest.mark.skipif(not find_compiler("CXX", "g++", "clang++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("has_bf16", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 2, 3, 10, 16, 17])
-def test_linear_layers_of_few_rows_equal_torchs(rows, bias, dtype, tolerance):
+@pytest.mark.parametrize("rows", [*range(1, 18), 40])
+def test_linear_layers_of_few_rows_equal_torchs_with_the_weight_in_dtype(
+        large, monkeypatch, rows, bias, dtype, has_bf16):
+    monkeypatch.setattr(cpu, "HAS_BF16", has_bf16)
     torch.manual_seed(0)
-    layer = cpu.Linear(256, 1024, bias=bias).to(dtype)
-    x = torch.randn(rows, 1, 256, dtype=dtype)
-    with torch.no_grad():
-        y = layer(x)
-    assert y.shape == (rows, 1, 1024) and y.dtype == dtype and y.is_contiguous()
-    assert relative(y, F.linear(x, layer.weight, layer.bias)) < tolerance
+    gpt = GPT(GPTConfig(**SHAPE, bias=bias)).eval()
+    layer = gpt.transformer.h[0].mlp.c_fc
+    weight, b = layer.weight.detach().to(getattr(torch, dtype)).double(), layer.bias
+    cpu.accelerate_sampling(gpt, dtype)
+    assert type(layer) is cpu.Linear and layer.weight.dtype == getattr(torch, dtype)
+    x = torch.randn(64, rows).t()[:, None]  # (rows, 1, C), not contiguous
+    y = layer(x)
+    assert y.shape == (rows, 1, 256) and y.dtype == torch.float32 and y.is_contiguous()
+    expected = F.linear(x.double(), weight, b if b is None else b.double())
+    rounded = has_bf16 and dtype == "bfloat16" and rows > 16  # the input and the output, too
+    assert relative(y.double(), expected) < (1e-2 if rounded else 1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_a_large_model_samples_with_the_logits_of_the_plain_one(large, changes, dtype, tolerance):
+    torch.manual_seed(0)
+    plain, ours = (GPT(GPTConfig(**SHAPE | changes)).eval() for _ in range(2))
+    ours.load_state_dict(plain.state_dict())
+    cpu.accelerate_sampling(ours, dtype)
+    prompt = torch.randint(300, (2, 20))
+    for model in (plain, ours):
+        model.caches = KVCache(model.config, 2, 32)
+    for idx in (prompt, *torch.randint(300, (3, 2, 1))):
+        with torch.no_grad():
+            expected, logits = (model(idx, cache=model.caches)[0] for model in (plain, ours))
+        assert relative(logits, expected) < tolerance
+    if dtype == "float32":
+        expected, ids = (m.generate(prompt, 12, temperature=0) for m in (plain, ours))
+        assert torch.equal(ids, expected)
+
+
+def test_without_a_compiler_or_for_small_models_sampling_takes_torchs_layers(
+        large, monkeypatch, capsys):
+    gpt = GPT(GPTConfig(**SHAPE))
+    for name in ("PATH", "CXX"):
+        monkeypatch.setenv(name, "")
+    cpu.load_kernel.cache_clear()
+    for HAS_BF16, dtype in ((False, "float32"), (True, "bfloat16")):
+        monkeypatch.setattr(cpu, "HAS_BF16", HAS_BF16)
+        assert cpu.sampling_dtype(gpt) == dtype
+    cpu.accelerate_sampling(gpt, "bfloat16")
+    assert capsys.readouterr().err.count("\n") == 1  # one notice
+    assert {p.dtype for p in gpt.parameters()} == {torch.bfloat16}
+    assert not any(type(module) is cpu.Linear for module in gpt.modules())
+    cpu.load_kernel.cache_clear()
+
+    monkeypatch.undo()
+    small = GPT(GPTConfig(**SHAPE))
+    cpu.accelerate_sampling(small, cpu.sampling_dtype(small))
+    assert {p.dtype for p in small.parameters()} == {torch.float32}
+    assert not any(type(module) is cpu.Linear for module in small.modules())
 
 
 # --------------------------------------------------------------------------------------- dropout
