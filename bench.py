@@ -346,15 +346,16 @@ if "train" in modes:
 # --------------------------------------------------------------------------------------- sampling
 
 if "sample" in modes:
-    sampling_dtype = dtype or (rt.dtype if on_gpu else cpu.sampling_dtype(model))
+    on_cpu = rt.device.type == "cpu"
+    sampling_dtype = dtype or (cpu.sampling_dtype(model) if on_cpu else rt.dtype)
     n_params = model.get_num_params()
     print(f"weights in {sampling_dtype}")
-    if compile or (on_gpu and rt.compile):  # on a CPU only if asked for
-        model.to(getattr(torch, sampling_dtype)).eval().compile_decode()
-    elif on_gpu:
-        model.to(torch_dtype).eval()
-    else:
+    if on_cpu and not compile:
         cpu.accelerate_sampling(model.eval(), sampling_dtype)
+    else:
+        model.eval().to(getattr(torch, sampling_dtype))
+    if compile or (on_gpu and rt.compile):  # on a CPU only if asked for
+        model.compile_decode()
     idx = torch.zeros(num_samples, 1, dtype=torch.long, device=rt.device)  # (B, T)
     fns = {"ours": partial(model.generate, idx, new_tokens, top_k=top_k)}
     if peer == "plain":

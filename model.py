@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+import torch.utils.checkpoint
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # the approximation that GPT-2 uses
@@ -293,7 +293,7 @@ class GPT(nn.Module):
     """A decoder-only transformer language model."""
 
     compiled_forward: Callable | None = None  # set by compile_decode
-    recompute = False  # compute blocks again in the backward pass: less memory, a third more time
+    recompute = False  # compute blocks again in the backward pass: less memory, more time
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -350,7 +350,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.transformer.h):
             args = x, positions, rotary, attn_mask, None if cache is None else cache.layers[i]
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, *args, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
             else:
                 x = block(*args)
         x = self.transformer.ln_f(x)

@@ -1,5 +1,5 @@
 """Faster parts for a CPU, each equal to the part of model.py that it replaces (dropout rounds p and
-draws other random numbers).
+draws other random numbers; in sampling, weights may be rounded to bfloat16).
 
 A part stays here while it gains 10 % on a row of the benchmark; docs/benchmarks.md has the gains.
 """
@@ -59,7 +59,7 @@ def is_large(model: GPT) -> bool:
 def load_kernel() -> ctypes.CDLL | None:
     """The compiled few_rows.cpp, or None, after a line of notice, if this machine cannot compile
     it. That takes about half a second, so the result is not stored."""
-    compiler = find_compiler("CXX", "g++", "clang++") or "g++"
+    compiler = find_compiler("CXX", "g++", "clang++") or "g++"  # which fails below
     # Sums in any order, for vectors; -ffast-math would also change the arithmetic of torch.
     options = ["-O3", "-march=native", "-fassociative-math", "-fno-signed-zeros",
                "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC"]

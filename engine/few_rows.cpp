@@ -27,11 +27,13 @@ template <typename T>
 static void linear(const T *w, const float *x, float *y, long rows, long in, long out) {
     #pragma omp parallel for
     for (long o = 0; o < out; o++) {
+        const T *w_o = w + o * in;
+        float *y_o = y + o;
         long row = 0;
-        for (; row + 8 <= rows; row += 8) dot<8>(w + o * in, x + row * in, y + row * out + o, in, out);
-        for (; row + 4 <= rows; row += 4) dot<4>(w + o * in, x + row * in, y + row * out + o, in, out);
-        for (; row + 2 <= rows; row += 2) dot<2>(w + o * in, x + row * in, y + row * out + o, in, out);
-        for (; row < rows; row++) dot<1>(w + o * in, x + row * in, y + row * out + o, in, out);
+        for (; row + 8 <= rows; row += 8) dot<8>(w_o, x + row * in, y_o + row * out, in, out);
+        for (; row + 4 <= rows; row += 4) dot<4>(w_o, x + row * in, y_o + row * out, in, out);
+        for (; row + 2 <= rows; row += 2) dot<2>(w_o, x + row * in, y_o + row * out, in, out);
+        for (; row < rows; row++) dot<1>(w_o, x + row * in, y_o + row * out, in, out);
     }
 }
 

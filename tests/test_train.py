@@ -273,6 +273,13 @@ def test_a_compiled_run_computes_the_same_and_saves_plain_names(start, four_by_t
     assert load(compiled / "ckpt.pt")["model"].keys() == names
 
 
+def test_a_run_with_recompute_takes_the_same_steps(start, whole):
+    recomputed = start("--dropout=0.1", "--recompute=True")
+    assert losses(recomputed) == losses(whole)
+    ours, plain = (load(run / "ckpt.pt")["model"] for run in (recomputed, whole))
+    assert all(torch.equal(ours[name], p) for name, p in plain.items())
+
+
 def test_on_a_terminal_a_bar_shows_the_loss_and_the_time_left(text_dataset, tmp_path):
     terminal, its_end = os.openpty()
     subprocess.run([sys.executable, ROOT / "train.py", *TINY, f"--dataset={text_dataset}",
