@@ -255,16 +255,18 @@ def forward_backward(x: torch.Tensor, y: torch.Tensor, sync: bool) -> torch.Tens
 
 if eval_iters == 0:
     val_offsets = bins.sequential_offsets(len(val_tokens), block_size)
+    n_train_blocks = math.ceil(len(val_offsets) / 4)  # enough to see whether the model overfits
 else:
+    n_train_blocks = eval_iters * batch_size
     val_offsets = bins.random_offsets(
-        len(val_tokens), block_size, eval_iters * batch_size, (VAL_EVALUATION, seed))
+        len(val_tokens), block_size, n_train_blocks, (VAL_EVALUATION, seed))
 train_offsets = bins.random_offsets(
-    len(train_tokens), block_size, len(val_offsets), (TRAIN_EVALUATION, seed))
+    len(train_tokens), block_size, n_train_blocks, (TRAIN_EVALUATION, seed))
 # Rows that begin at the end of a file have no targets, so they do not count. With them, the last
 # batch has the shape of the others, for which the code is compiled.
-padding = (0, -len(val_offsets) % batch_size)
-val_offsets = np.pad(val_offsets, padding, constant_values=len(val_tokens))
-train_offsets = np.pad(train_offsets, padding, constant_values=len(train_tokens))
+val_offsets, train_offsets = (
+    np.pad(offsets, (0, -len(offsets) % batch_size), constant_values=len(tokens))
+    for offsets, tokens in ((val_offsets, val_tokens), (train_offsets, train_tokens)))
 
 
 @torch.no_grad()

@@ -29,6 +29,19 @@ def accelerate(model: GPT) -> None:
         for part in (Dropout, Attention):
             if type(module) is part.__base__:
                 module.__class__ = part
+    skip_dynamo_import()
+
+
+def skip_dynamo_import() -> None:
+    """Let torch.optim do without torch._dynamo, which it imports to be compiled itself: that takes
+    two seconds at each start. Without this version of torch's names, it imports it as before."""
+    for method in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        function = getattr(getattr(torch.optim.Optimizer, method), "__wrapped__", None)
+        if function:  # torch._disable_dynamo looks here for the function to call
+            function.__dynamo_disable = function
+    step = getattr(torch.optim.Adam.step, "__wrapped__", None)  # it enables gradients, or not
+    if step:
+        torch.optim.Adam.step = torch.no_grad()(step)
 
 
 def sampling_dtype(model: GPT) -> str:

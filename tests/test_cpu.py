@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import MODERN, relative
+from conftest import MODERN, ROOT, TINY, relative, run
 
 from engine import cpu
 from engine.runtime import find_compiler
@@ -188,3 +188,12 @@ def test_naive_attention_equals_fused_attention_with_its_gradients(T, S, dtype, 
                                    strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=0,
                                    atol=2 * tolerance * max(1.0, expected_grad.abs().max()))
+
+
+def test_training_on_a_cpu_does_not_import_the_compiler(text_dataset, tmp_path):
+    run_train = [ROOT / "train.py", *TINY, f"--dataset={text_dataset}", f"--out_dir={tmp_path}/a"]
+    for command in (run_train, [*run_train, "--init_from=resume", "--max_iters=10"],
+                    [*run_train, "--out_dir=" + str(tmp_path / "b"), "--optimizer=muon"]):
+        done = run("-X", "importtime", *command)
+        assert done.returncode == 0 and "numpy" in done.stderr
+        assert "torch._dynamo" not in done.stderr
