@@ -47,6 +47,7 @@ activation = "gelu_tanh"  # gelu_tanh | gelu | relu | relu2 (squared ReLU)
 positions = "learned"  # learned | rotary
 qk_norm = False  # RMS-normalize queries and keys
 smear = False  # add a learned fraction of the previous token's embedding
+bigram = False  # add a learned embedding of each pair of tokens (small vocabularies)
 tie_weights = True  # the output layer shares the token embeddings
 optimizer = "adamw"  # adamw | muon (for matrices of the blocks, with AdamW for the rest)
 # sampling

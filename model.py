@@ -1,4 +1,4 @@
-"""GPT-2 in one file; rotary positions, QK-norm, squared ReLU and smear as settings.
+"""GPT-2 in one file; rotary positions, QK-norm, squared ReLU, smear and bigram as settings.
 
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65))
     optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=1e-3, betas=(0.9, 0.95))
@@ -63,6 +63,7 @@ class GPTConfig:
     positions: str = "learned"  # learned | rotary
     qk_norm: bool = False  # RMS-normalize queries and keys
     smear: bool = False  # add a learned fraction of the previous token's embedding
+    bigram: bool = False  # add a learned embedding of each pair of tokens (small vocabularies)
     tie_weights: bool = True  # lm_head shares its weight with wte
 
     def __post_init__(self):
@@ -74,7 +75,7 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: "
                              f"choose a multiple of {self.n_head}")
-        for name in ("bias", "qk_norm", "smear", "tie_weights"):
+        for name in ("bias", "qk_norm", "smear", "bigram", "tie_weights"):
             if type(getattr(self, name)) not in (bool, int):
                 raise ValueError(f"{name} = {getattr(self, name)!r:.50}: expected True or False")
         if type(self.dropout) not in (float, int) or not 0 <= self.dropout < 1:
@@ -86,10 +87,14 @@ class GPTConfig:
         if self.positions == "rotary" and self.n_embd // self.n_head % 2:
             raise ValueError(f"n_embd / n_head = {self.n_embd // self.n_head}: rotary positions "
                              f"need an even head width")
+        if self.bigram and self.vocab_size > 1024:
+            raise ValueError(f"bigram = True needs vocab_size ** 2 embeddings, but vocab_size = "
+                             f"{self.vocab_size}: expected at most 1024")
 
     def min_num_params(self) -> int:
         """Number of parameters in matrices and embeddings: a lower bound for the network."""
         n_embeddings = self.vocab_size + (self.block_size if self.positions == "learned" else 0)
+        n_embeddings += self.vocab_size**2 if self.bigram else 0
         return (12 * self.n_layer * self.n_embd + n_embeddings) * self.n_embd
 
     def to_model_args(self) -> dict:
@@ -125,28 +130,35 @@ class KVCache:
         self.layers = [(new(shape, dtype=dtype), new(shape, dtype=dtype))  # keys, values
                        for _ in range(config.n_layer)]
         self.length = new((), dtype=torch.long)  # number of tokens read
-        self.prev_idx = new((batch_size, 1), dtype=torch.long)  # the last token read, for smear
+        self.prev_idx = new((batch_size, 1), dtype=torch.long)  # the last token read
 
 
 # ----------------------------------------------------------------------------------------- layers
 
 class TokenEmbedding(nn.Embedding):
-    """Token embeddings; with `smear`, plus a learned fraction of the previous token's."""
+    """Token embeddings; with `smear`, plus a learned fraction of the previous token's; with
+    `bigram`, plus a learned embedding of the pair of both. The first token has no previous one."""
 
     def __init__(self, config: GPTConfig):
-        super().__init__(config.vocab_size, config.n_embd)
-        self.smear = nn.Parameter(torch.full((config.n_embd,), 0.5)) if config.smear else None
+        V, C = config.vocab_size, config.n_embd
+        super().__init__(V, C)
+        self.smear = nn.Parameter(torch.full((C,), 0.5)) if config.smear else None
+        self.bigram = nn.Embedding(V * V, C) if config.bigram else None
 
     def forward(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """idx: (B, T) int64, the tokens after those in the cache. Returns (B, T, C)."""
         x = super().forward(idx)
-        if self.smear is None:
+        if self.smear is None and self.bigram is None:
             return x
-        if cache is None:
-            prev = torch.zeros_like(x[:, :1])  # (B, 1, C)
-        else:
-            prev = super().forward(cache.prev_idx) * (cache.length > 0)
-        return x + self.smear * torch.cat([prev, x[:, :-1]], dim=1)
+        first, n_before = (idx[:, :1], 0) if cache is None else (cache.prev_idx, cache.length)
+        prev_idx = torch.cat([first, idx[:, :-1]], dim=1)  # (B, T)
+        has_prev = torch.arange(idx.size(1), device=idx.device) + n_before > 0  # (T,)
+        if self.smear is not None:
+            x = x + self.smear * super().forward(prev_idx) * has_prev[:, None]
+        if self.bigram is not None:
+            pairs = prev_idx * self.num_embeddings + idx
+            x = x + self.bigram(pairs) * has_prev[:, None]
+        return x
 
 
 def rotary_emb(positions: torch.Tensor, D: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -489,9 +501,11 @@ class GPT(nn.Module):
         return list(groups.values())
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters; by default without embeddings that are only looked up: wpe, and
-        wte where lm_head has a weight of its own."""
+        """Number of parameters; by default without embeddings that are only looked up: wpe, those
+        of pairs, and wte where lm_head has a weight of its own."""
         n = sum(p.numel() for p in self.parameters())
+        if non_embedding and self.config.bigram:
+            n -= self.transformer.wte.bigram.weight.numel()
         if non_embedding and self.config.positions == "learned":
             n -= self.transformer.wpe.weight.numel()
         if non_embedding and not self.config.tie_weights:
@@ -602,7 +616,8 @@ class GPT(nn.Module):
         """
         from safetensors.torch import save_file
         c = self.config
-        departures = [f"{name} = {getattr(c, name)!r}" for name in ("positions", "qk_norm", "smear")
+        departures = [f"{name} = {getattr(c, name)!r}"
+                      for name in ("positions", "qk_norm", "smear", "bigram")
                       if getattr(c, name) != getattr(GPTConfig, name)]
         if departures:
             raise ValueError(f"{' and '.join(departures)}: a GPT-2 cannot have this, so it cannot "

@@ -46,6 +46,7 @@ activation = "gelu_tanh"  # gelu_tanh | gelu | relu | relu2 (squared ReLU)
 positions = "learned"  # learned | rotary
 qk_norm = False  # RMS-normalize queries and keys
 smear = False  # add a learned fraction of the previous token's embedding
+bigram = False  # add a learned embedding of each pair of tokens (small vocabularies)
 tie_weights = True  # the output layer shares the token embeddings
 # optimizer
 optimizer = "adamw"  # adamw | muon (for matrices of the blocks, with AdamW for the rest)
@@ -56,6 +57,7 @@ beta1 = 0.9  # AdamW
 beta2 = 0.95  # AdamW
 muon_lr = 0.02  # peak learning rate (Muon)
 muon_momentum = 0.95
+muon_weight_decay: float | None = None  # of Muon's matrices; None: weight_decay
 embedding_lr: float | None = None  # peak learning rate of embeddings; None: learning_rate
 head_lr: float | None = None  # peak learning rate of an untied lm_head; None: learning_rate
 grad_clip = 1.0  # clip gradients to this norm; 0 disables
@@ -86,6 +88,7 @@ rules = [
     "gradient_accumulation_steps * batch_size <= 10**8", "eval_iters * batch_size <= 10**8",
     "learning_rate > 0", "max_iters >= 0", "weight_decay >= 0", "0 <= beta1 < 1",
     "0 <= beta2 < 1", "muon_lr > 0", "0 <= muon_momentum < 1",
+    "muon_weight_decay is None or muon_weight_decay >= 0",
     "embedding_lr is None or embedding_lr > 0", "head_lr is None or head_lr > 0",
     "grad_clip >= 0", "max_bad_steps >= 1", "0 < cooldown_frac <= 1", "warmup_iters >= 0",
     "lr_decay_iters >= 1", "min_lr >= 0", "0 <= seed < 2**64", "1 <= collective_timeout <= 10**6"]
@@ -182,7 +185,8 @@ if rt.device.type == "cpu":
 
 if optimizer == "muon":
     opt = configure_muon(model, weight_decay, learning_rate, (beta1, beta2), muon_lr,
-                         muon_momentum, getattr(torch, rt.dtype), embedding_lr, head_lr)
+                         muon_momentum, getattr(torch, rt.dtype), embedding_lr, head_lr,
+                         muon_weight_decay)
 else:
     opt = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), rt.device.type,
                                      embedding_lr, head_lr)

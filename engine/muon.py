@@ -80,10 +80,12 @@ def newton_schulz(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def configure_muon(
         model: GPT, weight_decay: float, learning_rate: float, betas: tuple[float, float],
         muon_lr: float, muon_momentum: float, dtype: torch.dtype,
-        embedding_lr: float | None = None, head_lr: float | None = None) -> Muon:
+        embedding_lr: float | None = None, head_lr: float | None = None,
+        muon_weight_decay: float | None = None) -> Muon:
     """Muon for the matrices of the blocks; the other groups are those of `GPT.param_groups`.
 
     dtype: of the Newton-Schulz iteration, float32, bfloat16 or float16.
+    muon_weight_decay: of Muon's matrices; None: weight_decay.
     """
     groups = model.param_groups(weight_decay, learning_rate, embedding_lr, head_lr)
     params = [item for group in groups for item in group["params"]]
@@ -96,7 +98,8 @@ def configure_muon(
         groups.append({
             "params": [(name, p) for name, p in matrices
                        if (n_splits == 3) == name.endswith("c_attn.weight")],
-            "lr": muon_lr, "lr_ratio": muon_lr / learning_rate, "weight_decay": weight_decay,
+            "lr": muon_lr, "lr_ratio": muon_lr / learning_rate,
+            "weight_decay": weight_decay if muon_weight_decay is None else muon_weight_decay,
             "momentum": muon_momentum, "n_splits": n_splits, "dtype": dtype})
     return Muon([group for group in groups if group["params"]], lr=learning_rate, betas=betas,
                 fused=True)

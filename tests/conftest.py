@@ -40,7 +40,7 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_
 
 # Every departure of the model from GPT-2 at once.
 MODERN = {"activation": "relu2", "positions": "rotary", "qk_norm": True,
-          "smear": True, "tie_weights": False}
+          "smear": True, "bigram": True, "tie_weights": False}
 
 # What differs between two equal runs.
 TIMES = {"tokens_per_s", "data_ms", "forward_ms", "backward_ms", "optimizer_ms", "seconds"}

@@ -54,7 +54,8 @@ def test_transformers_and_our_reader_compute_what_was_exported(tmp_path, setting
     assert torch.equal(GPT.from_pretrained(str(tmp_path)).eval()(idx, idx)[0], logits)
 
 
-@pytest.mark.parametrize("settings", [{"positions": "rotary"}, {"qk_norm": True}, {"smear": True}])
+@pytest.mark.parametrize("settings", [
+    {"positions": "rotary"}, {"qk_norm": True}, {"smear": True}, {"bigram": True}])
 def test_what_a_gpt2_does_not_have_is_refused_by_name_and_nothing_is_written(tmp_path, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         export_model(tmp_path / "hf", make_model(97, **settings), None, {})

@@ -223,6 +223,16 @@ def test_smear_adds_a_fraction_of_the_previous_tokens_embedding(idx):
     assert (GPT(GPTConfig(**SHAPE, smear=True)).transformer.wte.smear == 0.5).all()
 
 
+def test_bigram_adds_an_embedding_of_the_pair_of_the_previous_token_and_this_one(idx):
+    wte = random_gpt("bigram").transformer.wte
+    x, plain = wte(idx), F.embedding(idx, wte.weight)
+    table = wte.bigram.weight.view(300, 300, 64)
+    torch.testing.assert_close(x[:, 1:], plain[:, 1:] + table[idx[:, :-1], idx[:, 1:]])
+    assert torch.equal(x[:, 0], plain[:, 0])
+    with pytest.raises(ValueError, match="bigram = True needs .* at most 1024"):
+        GPTConfig(bigram=True)
+
+
 def test_learned_positions_may_be_cropped_only(folder, idx):
     gpt = GPT.from_pretrained(str(folder)).eval()
     before, _ = gpt(idx[:, :16], idx[:, :16])
@@ -520,7 +530,7 @@ def test_adamw_has_two_groups_and_more_only_for_rates_of_their_own():
                 for group in optimizer.param_groups]
 
     vectors = [name for name, dim in dims.items() if dim < 2]
-    embeddings = ["transformer.wte.weight", "transformer.wpe.weight"]
+    embeddings = [f"transformer.{name}.weight" for name in ("wte", "wte.bigram", "wpe")]
     blocks = [name for name, dim in dims.items() if dim >= 2 and ".h." in name]
     head = ["lm_head.weight"]
     assert groups() == [(1e-2, 0.1, embeddings + blocks + head), (1e-2, 0.0, vectors)]

@@ -59,7 +59,8 @@ def test_muon_has_the_matrices_of_the_blocks_and_no_frozen_parameter(changes):
     gpt = GPT(GPTConfig(32, 300, 2, 4, 64, **changes))
     gpt.transformer.h[1].mlp.c_fc.weight.requires_grad = False
     optimizer = configure_muon(gpt, 0.1, 1e-2, (0.9, 0.95), 0.03, 0.95, torch.float32,
-                               embedding_lr=0.02, head_lr=0.005 if changes else None)
+                               embedding_lr=0.02, head_lr=0.005 if changes else None,
+                               muon_weight_decay=0.3 if changes else None)
     listed = [(name, p, group) for group in optimizer.param_groups
               for name, p in zip(group["param_names"], group["params"], strict=True)]
     expected = {name: p for name, p in gpt.named_parameters() if p.requires_grad}
@@ -69,6 +70,6 @@ def test_muon_has_the_matrices_of_the_blocks_and_no_frozen_parameter(changes):
         lr, decay, n_splits = ((1e-2, 0.0, None) if re.search("ln_|bias|smear", name) else
                                (0.02, 0.1, None) if re.search("wte|wpe", name) else
                                (0.005, 0.1, None) if name == "lm_head.weight" else
-                               (0.03, 0.1, 3 if "c_attn" in name else 1))
+                               (0.03, 0.3 if changes else 0.1, 3 if "c_attn" in name else 1))
         assert (group["lr"], group["weight_decay"], group.get("n_splits"), group["lr_ratio"]) == (
             lr, decay, n_splits, pytest.approx(lr / 1e-2)), name
