@@ -60,6 +60,8 @@ n_gpus = 1
 gpu_memory_gb: float | None = None  # None: what such a GPU has
 mfu = 0.3  # fraction of the GPU's peak that the run will reach
 usd_per_gpu_hour: float | None = None
+link_gb_per_s = 50.0  # gigabytes that a GPU sends per second; 50: InfiniBand at 400 Gbit/s
+shard = False  # weights, gradients and optimizer are shared out, as by train.py --shard=True
 # machine
 seed = 1337
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
@@ -157,7 +159,8 @@ with user_errors(), torch.device("meta" if mode == "plan" else "cpu"):
 model.recompute = recompute
 if mode == "plan":
     record("plan", **plan(model, gpu, n_gpus, gpu_memory_gb, dtype, optimizer, batch_size or 12,
-                          gradient_accumulation_steps, max_iters, mfu, usd_per_gpu_hour))
+                          gradient_accumulation_steps, max_iters, mfu, usd_per_gpu_hour, shard,
+                          link_gb_per_s))
     write_results()
     sys.exit()
 

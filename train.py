@@ -33,6 +33,7 @@ wandb_run_name = "gpt2"
 tensorboard_log = False  # log to out_dir/tensorboard
 # data
 dataset = "openwebtext"  # folder under data/, or an absolute path
+sampling = "random"  # random (blocks from anywhere) | epoch (each block once in a pass)
 gradient_accumulation_steps = 5 * 8  # micro-batches per step, over all processes
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # tokens per sequence
@@ -75,6 +76,7 @@ backend: str | None = None  # nccl | gloo; None: choose
 collective_timeout = 600  # seconds to wait for a process that does not answer
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose
 dtype: str | None = None  # float32 | bfloat16 | float16; None: choose by hardware and model width
+shard = False  # under torchrun: each process keeps a part of weights and optimizer (FSDP2)
 recompute = False  # compute the blocks again in the backward pass: less memory, more time
 compile: bool | None = None  # torch.compile; None: on a GPU, and on a CPU for long runs
 
@@ -122,7 +124,8 @@ if resumed:
 check(globals(), *rules, "warmup_iters < lr_decay_iters or not decay_lr",
       "min_lr <= learning_rate or not decay_lr", "head_lr is None or not tie_weights")
 for name, choices in (("activation", ACTIVATIONS), ("positions", POSITIONS),
-                      ("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "linear"))):
+                      ("optimizer", ("adamw", "muon")), ("schedule", ("cosine", "linear")),
+                      ("sampling", ("random", "epoch"))):
     check_choice(name, globals()[name], list(choices))
 _, world_size = runtime.dist_info()
 if gradient_accumulation_steps % world_size:
@@ -152,7 +155,7 @@ with user_errors():
     model_config = GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)})
     # In training, a gradient and a moment or more for each weight, in float32.
     runtime.check_memory(model_config, 0 if eval_only else batch_size * block_size, device,
-                         bytes_per_weight=4 if eval_only else 12)
+                         bytes_per_weight=(4 if eval_only else 12) / (world_size if shard else 1))
     if resumed:
         model = GPT.from_checkpoint(resumed, {"dropout": dropout}, resumed["path"])
         checkpoint.check_tokenizer(checkpoint.meta_of(resumed), meta, resumed["path"], dataset)
@@ -176,10 +179,15 @@ run_flops = 0 if eval_only else model.flops_per_token() * tokens_per_iter * max_
 rt = runtime.start(device, dtype, compile, model.config.n_embd, run_flops, backend,
                    collective_timeout)
 micro_steps = range(rt.rank, gradient_accumulation_steps, rt.world_size)  # of this process
-model.to(rt.device)
 model.recompute = recompute
 if rt.device.type == "cpu":
     cpu.accelerate(model)
+shard = shard and rt.world_size > 1
+if shard:
+    from engine import sharding
+    net = sharding.shard(model, rt)
+else:
+    net = rt.compiled(model.to(rt.device))  # the same parameters, in compiled code
 
 # -------------------------------------------------------------------------------------- optimizer
 
@@ -222,8 +230,7 @@ def lr_at(i: int) -> float:
     return min_lr + (learning_rate - min_lr) * fraction
 
 
-net = rt.compiled(model)  # the same parameters, in compiled code if compile is on
-ddp = DistributedDataParallel(net) if rt.world_size > 1 else None
+ddp = DistributedDataParallel(net) if rt.world_size > 1 and not shard else None
 
 
 def load_batch(tokens: np.memmap, offsets: np.ndarray) -> list[torch.Tensor]:
@@ -234,18 +241,24 @@ def load_batch(tokens: np.memmap, offsets: np.ndarray) -> list[torch.Tensor]:
 def train_batches(i: int) -> Iterator[list[torch.Tensor]]:
     """The micro-batches of this process from step i on. The batch of a step is the same for any
     number of processes: each takes every world_size-th micro-batch of it."""
+    n = gradient_accumulation_steps * batch_size
     while True:
-        offsets = bins.random_offsets(
-            len(train_tokens), block_size, gradient_accumulation_steps * batch_size,
-            (TRAIN_BATCHES, seed, i)).reshape(-1, batch_size)
+        if sampling == "random":
+            offsets = bins.random_offsets(
+                len(train_tokens), block_size, n, (TRAIN_BATCHES, seed, i))
+        else:
+            offsets = bins.epoch_offsets(
+                len(train_tokens), block_size, i * n, n, (TRAIN_BATCHES, seed))
         for micro_step in micro_steps:
-            yield load_batch(train_tokens, offsets[micro_step])
+            yield load_batch(train_tokens, offsets.reshape(-1, batch_size)[micro_step])
         i += 1
 
 
 def forward_backward(x: torch.Tensor, y: torch.Tensor, sync: bool) -> torch.Tensor:
     """Add the gradients of a micro-batch; with sync, average them over the processes. Returns its
     loss."""
+    if shard:
+        model.set_requires_gradient_sync(sync)
     with ddp.no_sync() if ddp and not sync else nullcontext():
         with rt.autocast():
             loss = (ddp or net)(x, y, loss_only=True)[1]
@@ -266,10 +279,10 @@ else:
         len(val_tokens), block_size, n_train_blocks, (VAL_EVALUATION, seed))
 train_offsets = bins.random_offsets(
     len(train_tokens), block_size, n_train_blocks, (TRAIN_EVALUATION, seed))
-# Rows that begin at the end of a file have no targets, so they do not count. With them, the last
-# batch has the shape of the others, for which the code is compiled.
+# Rows that begin at the end of a file have no targets, so they do not count. With them, all
+# processes have as many batches, of the shape for which the code is compiled.
 val_offsets, train_offsets = (
-    np.pad(offsets, (0, -len(offsets) % batch_size), constant_values=len(tokens))
+    np.pad(offsets, (0, -len(offsets) % (world_size * batch_size)), constant_values=len(tokens))
     for offsets, tokens in ((val_offsets, val_tokens), (train_offsets, train_tokens)))
 
 
@@ -285,14 +298,12 @@ def evaluate() -> dict | None:
                 model.train()
                 return None
             progress.status("evaluating", first, len(offsets))
-            batch = offsets[first + rt.rank * batch_size:][:batch_size]
-            if len(batch) == 0:
-                continue  # the last round has batches for some of the processes only
-            x, y = load_batch(tokens, batch)
+            x, y = load_batch(tokens, offsets[first + rt.rank * batch_size:][:batch_size])
             with rt.autocast():
                 logits, loss = net(x, y)
             n_targets, n_correct = (y >= 0).sum(), (logits.argmax(dim=-1) == y).sum()
-            totals += torch.stack([loss * n_targets, n_correct, n_targets]).cpu()
+            if n_targets > 0:  # else the loss is nan
+                totals += torch.stack([loss * n_targets, n_correct, n_targets]).cpu()
         loss_sum, n_correct, n_targets = rt.all_reduce(totals).tolist()
         means.append((loss_sum / n_targets, n_correct / n_targets))
     model.train()
@@ -323,7 +334,10 @@ def weights_are_finite() -> bool:
     with rt.autocast():
         loss = net(*load_batch(val_tokens, val_offsets[:batch_size]))[1]
     model.train()
-    return bool(loss.isfinite()) and all(p.isfinite().all() for p in model.parameters())
+    finite = [t.isfinite().all() for t in (loss, *model.parameters())]
+    if shard:
+        finite = [sharding.whole(t) for t in finite]
+    return bool(torch.stack(finite).all())
 
 
 def seconds() -> float:
@@ -337,10 +351,12 @@ def save(name: str) -> None:
     """Write a checkpoint, unless the run has diverged."""
     if not weights_are_finite():
         raise diverged(f"the weights after {iter_num} steps, or their loss, are not finite")
+    state = {"model": model.state_dict(), "optimizer": opt.state_dict()}
+    if shard:
+        state = sharding.whole_state(state)
     if rt.rank == 0:
         metrics.sync()
-        checkpoint.save(Path(out_dir) / name, {
-            "model": model.state_dict(), "optimizer": opt.state_dict(),
+        checkpoint.save(Path(out_dir) / name, state | {
             "scaler": scaler.state_dict(), "model_args": model.config.to_model_args(),
             "config": config, "iter_num": iter_num, "best_val_loss": best_val_loss,
             "history": history, "meta": meta, "seconds": seconds(), "bad_steps": bad_steps,
@@ -435,7 +451,7 @@ while True:
             saved_iter = iter_num
     if keep_every and iter_num > 0 and iter_num % keep_every == 0 and not stop:
         save(checkpoint.numbered_name(iter_num))
-    if sample_every and iter_num > 0 and iter_num % sample_every == 0 and rt.rank == 0 and not stop:
+    if sample_every and iter_num > 0 and iter_num % sample_every == 0 and not stop:
         metrics.sample(iter_num, write_sample())
     if iter_num >= max_iters or stop:
         break
@@ -459,6 +475,8 @@ while True:
     # clip and step; a step whose loss or gradient is not finite is skipped, in all processes alike
     scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    if shard:
+        grad_norm = sharding.whole(grad_norm)
     loss = rt.all_reduce(loss_sum) / gradient_accumulation_steps
     loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # waits for the device
     if math.isfinite(loss) and math.isfinite(grad_norm):

@@ -208,6 +208,38 @@ def random_offsets(n_tokens: int, block_size: int, count: int, key: tuple[int, .
     return np.random.default_rng(key).integers(0, n_tokens - block_size, size=count)
 
 
+def epoch_offsets(n_tokens: int, block_size: int, first: int, count: int, key: tuple[int, ...],
+                  ) -> np.ndarray:
+    """Offsets of `count` blocks, (count,) int64, from number `first` on in endless passes over a
+    token file, each of which visits each of its whole blocks once, in an order of its own."""
+    n_blocks = (n_tokens - 1) // block_size
+    epochs, blocks = np.divmod(np.arange(first, first + count), n_blocks)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        blocks[chosen] = permute(blocks[chosen], n_blocks, (*key, int(epoch)))
+    return blocks * block_size
+
+
+def permute(x: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
+    """The images of x, (N,) int64, under a random permutation of range(n) that the key determines.
+
+    Without a table: a Feistel network permutes the numbers of 2 * half bits, and numbers that it
+    maps to n or above are mapped again.
+    """
+    half = (n.bit_length() + 1) // 2
+    round_keys = np.random.default_rng(key).integers(2**63, size=4, dtype=np.uint64)
+    y, outside = x.astype(np.uint64), np.full(len(x), True)
+    while outside.any():
+        left, right = y[outside] >> half, y[outside] & (2**half - 1)
+        for round_key in round_keys:
+            mixed = (right ^ round_key) * 0x9E3779B97F4A7C15  # modulo 2**64
+            mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9
+            left, right = right, left ^ (mixed >> (64 - half))
+        y[outside] = left << half | right
+        outside = y >= n
+    return y.astype(np.int64)
+
+
 def sequential_offsets(n_tokens: int, block_size: int) -> np.ndarray:
     """Offsets of blocks that cover a file, so that each token but the first is a target once."""
     return np.arange(0, n_tokens - 1, block_size)

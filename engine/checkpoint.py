@@ -263,6 +263,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
                 if not 0 <= step < math.inf:
                     raise ValueError(f"step of {name} is {step}")
                 state[i] = state[i] | {"step": step}
+                if hasattr(p, "full_tensor"):
+                    from engine.sharding import part_of
+                    state[i] |= {key: part_of(state[i][key], p) for key in keys}
         optimizer.load_state_dict(
             {"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if contents.get("scaler"):

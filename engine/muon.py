@@ -24,30 +24,42 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self) -> None:
         """One step. The gradients of Muon's parameters are freed."""
-        batches: dict[tuple, list] = {}  # (matrix, update, group) by shape and dtype
-        for group in self.param_groups:
-            for p in group["params"] if "momentum" in group else []:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:  # AdamW expects a "step" in all states that it loads
-                    state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
-                state["step"] += 1
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov momentum
-                p.grad = None  # so that AdamW skips p
-                n = group["n_splits"]
-                for matrix, u in zip(p.chunk(n), update.chunk(n), strict=True):
-                    u = u if u.size(0) <= u.size(1) else u.t()  # wide: fewer FLOPs
-                    batches.setdefault((u.shape, group["dtype"]), []).append((matrix, u, group))
-        for (_, dtype), batch in batches.items():
-            updates = newton_schulz_sharded(torch.stack([u for _, u, _ in batch]), dtype)
-            for (matrix, _, group), u in zip(batch, updates, strict=True):
-                rows, columns = matrix.shape
-                u = u if rows <= columns else u.t()
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(u * (group["lr"] * max(1, rows / columns) ** 0.5))
+        params = [(p, group) for group in self.param_groups if "momentum" in group
+                  for p in group["params"] if p.grad is not None]
+        # Of sharded parameters (DTensors), only as many updates are whole at a time as there are
+        # processes to share them.
+        is_sharded = any(hasattr(p, "full_tensor") for p, _ in params)
+        n = dist.get_world_size() if is_sharded else max(1, len(params))
+        for i in range(0, len(params), n):
+            self._muon_step(params[i:i + n])
         super().step()
+
+    def _muon_step(self, params: list[tuple[torch.nn.Parameter, dict]]) -> None:
+        updates, batches = [], {}  # matrices of the updates by shape and dtype
+        for p, group in params:
+            state = self.state[p]
+            if not state:  # AdamW expects a "step" in all states that it loads
+                state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
+            state["step"] += 1
+            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov momentum
+            update = update.full_tensor() if hasattr(update, "full_tensor") else update
+            updates.append(update)
+            p.grad = None  # so that AdamW skips p
+            for matrix in update.chunk(group["n_splits"]):
+                matrix = matrix if matrix.size(0) <= matrix.size(1) else matrix.t()  # fewer FLOPs
+                batches.setdefault((matrix.shape, group["dtype"]), []).append(matrix)
+        for (_, dtype), matrices in batches.items():
+            for matrix, result in zip(matrices, newton_schulz_sharded(torch.stack(matrices), dtype),
+                                      strict=True):
+                matrix.copy_(result)
+        for (p, group), update in zip(params, updates, strict=True):
+            rows, columns = p.shape
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            if hasattr(p, "full_tensor"):
+                from engine.sharding import part_of
+                update = part_of(update, p)
+            p.sub_(update, alpha=group["lr"] * max(1, rows / group["n_splits"] / columns) ** 0.5)
 
 
 def newton_schulz_sharded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

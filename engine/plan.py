@@ -15,11 +15,12 @@ USABLE = 0.92  # fraction of a GPU's memory; the rest is the CUDA context and fr
 
 
 def memory_by_part(model: GPT, batch_size: int, dtype: str, optimizer: str, n_gpus: int,
-                   ) -> dict[str, float]:
+                   shard: bool = False, accumulates: bool = False) -> dict[str, float]:
     """Bytes per GPU of what a training step holds, by part: activations and logits at the end of a
     forward pass, gradients at the end of a backward pass.
 
-    batch_size: sequences per micro-batch. The model may be on the meta device.
+    batch_size: sequences per micro-batch. accumulates: over several micro-batches per GPU. The
+    model may be on the meta device.
     """
     c, N = model.config, batch_size * model.config.block_size  # N: tokens per micro-batch
     C, V, size = c.n_embd, c.vocab_size, 4 if dtype == "float32" else 2  # bytes per element
@@ -34,13 +35,40 @@ def memory_by_part(model: GPT, batch_size: int, dtype: str, optimizer: str, n_gp
         block += 2 * C * size * ((c.positions == "rotary") + c.qk_norm)
     blocks = c.n_layer * 4 * C + block if model.recompute else c.n_layer * block
     chunk = max(N // 8, 2**24 // V)  # rows of logits at a time, in LinearCrossEntropy
+    weights, gradients = 4 * n_params, 4 * n_params
+    copies = 2 * n_params if size == 2 else 0  # in dtype
+    if shard:  # gathered at a time: this block and the next, and all that is not a block
+        n_block, n_rest = params_of_parts(model)
+        copies = 2 * n_block * size + 4 * n_rest
+        # Gradients of several micro-batches are added up before processes share them.
+        gradients = gradients if accumulates else gradients / n_gpus + 4 * (n_block + n_rest)
     return {
-        "weights": 4 * n_params + (2 * n_params if size == 2 else 0),  # with copies in dtype
-        "optimizer": 8 * n_params - 4 * muon,
-        "ddp_buckets": 4 * n_params if n_gpus > 1 else 0,  # where gradients are averaged
-        "gradients": 4 * n_params,
+        "weights": weights / (n_gpus if shard else 1) + copies,
+        "optimizer": (8 * n_params - 4 * muon) / (n_gpus if shard else 1),
+        # where DDP averages gradients
+        "ddp_buckets": 4 * n_params if n_gpus > 1 and not shard else 0,
+        "gradients": gradients,
         "activations": N * (blocks + 8 * C),
         "logits": 8 * min(chunk, N) * V + (4 + size) * V * C}
+
+
+def params_of_parts(model: GPT) -> tuple[int, int]:
+    """Number of parameters in one block, and in all that is not a block."""
+    n_block = sum(p.numel() for p in model.transformer.h[0].parameters())
+    n_params = sum(p.numel() for p in model.parameters())
+    return n_block, n_params - n_block * model.config.n_layer
+
+
+def bytes_per_step(model: GPT, dtype: str, n_gpus: int, shard: bool, micro_steps: int) -> float:
+    """Bytes that a GPU sends in a step: gradients once, and sharded weights for each forward and
+    backward pass of micro_steps micro-batches. Muon's updates are not counted."""
+    n_block, n_rest = params_of_parts(model)
+    gradients = 4 * (n_block * model.config.n_layer + n_rest)
+    weights = n_block * model.config.n_layer * (4 if dtype == "float32" else 2) + 4 * n_rest
+    sent = 2 * gradients  # an all-reduce
+    if shard:  # a reduce-scatter, and two all-gathers but for the rest, which is kept
+        sent = gradients + micro_steps * (2 * weights - 4 * n_rest)
+    return sent * (n_gpus - 1) / n_gpus
 
 
 def peak(parts: dict[str, float], accumulates: bool) -> float:
@@ -53,10 +81,13 @@ def peak(parts: dict[str, float], accumulates: bool) -> float:
 
 def plan(model: GPT, gpu: str, n_gpus: int, memory_gb: float | None, dtype: str | None,
          optimizer: str, batch_size: int, gradient_accumulation_steps: int, max_iters: int,
-         mfu: float, usd_per_gpu_hour: float | None) -> dict[str, float | None]:
+         mfu: float, usd_per_gpu_hour: float | None, shard: bool = False,
+         link_gb_per_s: float = 50) -> dict[str, float | None]:
     """Figures of a run on n_gpus GPUs that reaches the given MFU; time is that of the steps alone.
 
-    gpu: a name in PEAK_TFLOPS. Raises UserError if that has no peak in dtype.
+    gpu: a name in PEAK_TFLOPS. link_gb_per_s: what a GPU sends per second; communication is not
+    part of the time of a step, as most of it happens meanwhile. Raises UserError if the GPU has no
+    peak in dtype.
     """
     check_choice("gpu", gpu, list(PEAK_TFLOPS))
     peaks = dict(zip(DTYPES, PEAK_TFLOPS[gpu], strict=True))
@@ -68,8 +99,9 @@ def plan(model: GPT, gpu: str, n_gpus: int, memory_gb: float | None, dtype: str 
                         f"divisible by {n_gpus} GPUs: choose a multiple of {n_gpus}")
     memory_gb = memory_gb or MEMORY_GB[gpu]
 
-    parts_of = partial(memory_by_part, model, dtype=dtype, optimizer=optimizer, n_gpus=n_gpus)
     accumulates = gradient_accumulation_steps > n_gpus
+    parts_of = partial(memory_by_part, model, dtype=dtype, optimizer=optimizer, n_gpus=n_gpus,
+                       shard=shard, accumulates=accumulates)
     largest = bisect_right(range(1, 4097), USABLE * memory_gb * 1e9,
                            key=lambda size: peak(parts_of(size), accumulates))
     parts = parts_of(batch_size)
@@ -77,13 +109,15 @@ def plan(model: GPT, gpu: str, n_gpus: int, memory_gb: float | None, dtype: str 
     step_s = model.flops_per_token() * tokens_per_step / (n_gpus * peaks[dtype] * 1e12 * mfu)
     gpu_hours = n_gpus * step_s * max_iters / 3600
     n_params = sum(p.numel() for p in model.parameters())
+    sent = bytes_per_step(model, dtype, n_gpus, shard, gradient_accumulation_steps // n_gpus)
     return {
         "parameters": n_params, "peak_tflops": peaks[dtype],
         **{f"{part}_gb": n_bytes / 1e9 for part, n_bytes in parts.items()},
         "peak_memory_gb": peak(parts, accumulates) / 1e9, "memory_of_gpu_gb": memory_gb,
         "largest_batch_size": largest, "tokens_per_step": tokens_per_step,
-        "step_ms": step_s * 1e3, "tokens": tokens_per_step * max_iters,
+        "step_ms": step_s * 1e3, "sent_gb": sent / 1e9, "sending_ms": sent / link_gb_per_s / 1e6,
+        "tokens": tokens_per_step * max_iters,
         "days": step_s * max_iters / 86400, "gpu_hours": gpu_hours,
         "usd": usd_per_gpu_hour and usd_per_gpu_hour * gpu_hours,
-        "checkpoint_gb": (4 * n_params + parts["optimizer"]) / 1e9,
+        "checkpoint_gb": (4 * n_params + parts["optimizer"] * (n_gpus if shard else 1)) / 1e9,
         "data_gb": 2 * tokens_per_step * max_iters / 1e9}

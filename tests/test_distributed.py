@@ -54,7 +54,7 @@ if "RANK" in os.environ:  # a worker
             time.sleep(0.01)
 
     def inject_fault(module, args, output):
-        if (type(module).__name__ == "GPT" and torch.is_grad_enabled()
+        if (type(module).__name__.endswith("GPT") and torch.is_grad_enabled()
                 and hasattr(run, "metrics") and run.micro_step == rank):
             exec(os.environ["FAULT"], globals() | {"step": run.iter_num})
 
@@ -180,19 +180,38 @@ if rank == 1 and step == 18:
 }
 
 
-def stopped(launcher: Launcher) -> tuple[dict[str, subprocess.CompletedProcess], float]:
+def stopped(launcher: Launcher, run: str = "stopped", *args: str,
+            ) -> tuple[dict[str, subprocess.CompletedProcess], float]:
     """A run by two processes that is stopped as STOPS says, and resumed to its end.
 
     Returns each start with the steps in ckpt.pt after it, and the seconds from the kill of a
     process to the end of the job.
     """
-    folder, starts = launcher.folder / "stopped", {}
+    starts = {}
     for name, (restarts, fault) in STOPS.items():
-        done = launcher.torchrun(2, "stopped", fault=fault, restarts=restarts, status=1)
-        starts[name] = done, load(folder / "ckpt.pt")["iter_num"]
-    outlived_s = time.time() - float(launcher.log("stopped", "killed", 1)[0])
-    launcher.torchrun(2, "stopped")
+        done = launcher.torchrun(2, run, *args, fault=fault, restarts=restarts, status=1)
+        starts[name] = done, load(launcher.folder / run / "ckpt.pt")["iter_num"]
+    outlived_s = time.time() - float(launcher.log(run, "killed", 1)[0])
+    launcher.torchrun(2, run)
     return starts, outlived_s
+
+
+def sharded(launcher: Launcher) -> subprocess.CompletedProcess:
+    """A run by two processes that share its weights, with blocks computed again."""
+    return launcher.torchrun(2, "sharded", "--shard=True", "--recompute=True")
+
+
+def sharded_stopped(launcher: Launcher) -> tuple[dict[str, subprocess.CompletedProcess], float]:
+    return stopped(launcher, "sharded_stopped", "--shard=True")
+
+
+def sharded_changing(launcher: Launcher) -> None:
+    """A run by three processes, from step 8 on by one, and from step 16 on by two; the first and
+    the last share its weights."""
+    launcher.torchrun(3, "sharded_changing", "--max_iters=8", "--shard=True")
+    launcher.torchrun(1, "sharded_changing", "--max_iters=16")
+    launcher.torchrun(2, "sharded_changing", "--max_iters=20", "--shard=True")
+    launcher.torchrun(2, "sharded_changing", "--shard=False")
 
 
 def restarted(launcher: Launcher) -> subprocess.CompletedProcess:
@@ -289,15 +308,17 @@ def scenarios(launcher) -> Iterator[dict[str, Future]]:
     """What the scenarios return; three at a time keep two cores busy."""
     with ThreadPoolExecutor(3) as pool:
         yield {scenario.__name__: pool.submit(scenario, launcher)
-               for scenario in (stopped, silent, changing, by_two, restarted, two_hosts, lost_link)}
+               for scenario in (stopped, sharded_stopped, silent, changing, sharded_changing,
+                                by_two, sharded, restarted, two_hosts, lost_link)}
 
 
 # ------------------------------------------------------------------------------ like one process
 
+@pytest.mark.parametrize("name", ["changing", "sharded_changing"])
 def test_any_number_of_processes_trains_and_evaluates_alike_also_when_it_changes(
-        scenarios, launcher):
-    scenarios["by_two"].result(), scenarios["changing"].result()
-    ours, expected = (records(launcher.folder / name) for name in ("changing", "by_two"))
+        name, scenarios, launcher):
+    scenarios["by_two"].result(), scenarios[name].result()
+    ours, expected = (records(launcher.folder / name) for name in (name, "by_two"))
     assert len(ours) == 24 + 4
     for record, other in zip(ours, expected, strict=True):
         for key in other.keys() - TIMES - {"mfu"}:
@@ -328,8 +349,9 @@ def test_rank_0_alone_prints_and_writes(scenarios):
 
 # ---------------------------------------------------------------------------------- stop, resume
 
-def test_a_signal_to_torchrun_ends_all_processes_after_the_same_step(scenarios):
-    starts, _ = scenarios["stopped"].result()
+@pytest.mark.parametrize("name", ["stopped", "sharded_stopped"])
+def test_a_signal_to_torchrun_ends_all_processes_after_the_same_step(name, scenarios):
+    starts, _ = scenarios[name].result()
     for name, number, n_steps in (("SIGTERM", 15, 3), ("Ctrl-C", 2, 7)):
         done, saved = starts[name]
         assert saved == n_steps
@@ -353,7 +375,8 @@ def test_a_dead_process_ends_the_job_within_60_s_and_the_others_report_it_in_a_s
     assert done.stderr.count("Traceback") == 1  # torchrun's own
 
 
-@pytest.mark.parametrize("name", ["stopped", "restarted", "two_hosts", "lost_link"])
+@pytest.mark.parametrize("name", ["stopped", "sharded", "sharded_stopped", "restarted",
+                                  "two_hosts", "lost_link"])
 def test_a_job_that_is_stopped_or_restarted_ends_bit_for_bit_like_an_uninterrupted_one(
         name, scenarios, launcher):
     scenarios["by_two"].result(), scenarios[name].result()
