@@ -163,25 +163,22 @@ def open_bin(path: Path, block_size: int) -> np.memmap:
     Raises UserError if it is missing, too short for one block and its targets, or of another size
     than was recorded.
     """
-    try:
-        if not path.is_file():
-            script = path.parent / "prepare.py"
-            prepared = [folder.parent.name for folder in (ROOT / "data").glob("*/train.bin")]
-            raise UserError(f"no {path}{nearest(path.parent.name, prepared)}: prepare the dataset "
-                            f"first{f', with python {script}' if script.exists() else ''}")
-        size = path.stat().st_size
-        if size % 2 or size // 2 <= block_size:
-            raise UserError(f"{path} has {size:,} bytes: expected 2 for each of more than "
-                            f"block_size = {block_size} tokens; prepare it again, or choose a "
-                            f"smaller block_size")
-        recorded = dataset_record(path.parent).get(f"{path.stem}_tokens", size // 2)
-        if recorded != size // 2:
-            raise UserError(f"{path} has {size // 2} tokens, but {recorded!r:.30} were recorded in "
-                            f"dataset.json: it was cut short or replaced; prepare the dataset "
-                            f"again, or remove dataset.json if this file is right")
-        return np.memmap(path, dtype=DTYPE, mode="r")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not path.is_file():
+        script = path.parent / "prepare.py"
+        prepared = [folder.parent.name for folder in (ROOT / "data").glob("*/train.bin")]
+        raise UserError(f"no {path}{nearest(path.parent.name, prepared)}: prepare the dataset "
+                        f"first{f', with python {script}' if script.exists() else ''}")
+    size = path.stat().st_size
+    if size % 2 or size // 2 <= block_size:
+        raise UserError(f"{path} has {size:,} bytes: expected 2 for each of more than "
+                        f"block_size = {block_size} tokens; prepare it again, or choose a "
+                        f"smaller block_size")
+    recorded = dataset_record(path.parent).get(f"{path.stem}_tokens", size // 2)
+    if recorded != size // 2:
+        raise UserError(f"{path} has {size // 2} tokens, but {recorded!r:.30} were recorded in "
+                        f"dataset.json: it was cut short or replaced; prepare the dataset "
+                        f"again, or remove dataset.json if this file is right")
+    return np.memmap(path, dtype=DTYPE, mode="r")
 
 
 def check_vocabulary(tokens: np.memmap, vocab_size: int) -> None:

@@ -106,8 +106,6 @@ def latest(out_dir: str) -> tuple[Path | None, int]:
         names = os.listdir(folder)
     except FileNotFoundError:
         names = []
-    except OSError as error:
-        raise UserError(f"cannot read out_dir = {out_dir!r}: {error.strerror}") from None
     numbered = sorted(fnmatch.filter(names, NUMBERED))
     steps = {}
     for path in (folder / name for name in (LATEST, BEST, *numbered[-1:]) if name in names):

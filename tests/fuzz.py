@@ -99,7 +99,7 @@ def setting_case(command: str, name: str, rng: random.Random) -> Case:
             if not str(arg).startswith(f"--{name}=")]
     return Case(f"{command}: {name} = {text:.30}{' in a config file' * by_file}",
                 [*args, "conf.py" if by_file else f"--{name}={text}"],
-                [name, text.strip().removeprefix("~") or name, "file name", "the text", "documents",
+                [name, text.strip().removeprefix("~") or name, "File name", "the text", "documents",
                  "the prompt", *["train.bin"] * (name == "init_from")],
                 lambda folder: by_file and (folder / "conf.py").write_text(f"{name} = {text}\n"),
                 text in wrong)
