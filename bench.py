@@ -134,7 +134,7 @@ def record(section: str, **figures: float | None) -> None:
 def write_results() -> None:
     """Write results to the file `json`, if there is one."""
     if json:
-        with bins.atomic_write(Path(json)) as file:
+        with bins.atomic_write(Path(json)) as (file,):
             file.write(dumps(results, indent=1).encode())
 
 
@@ -336,7 +336,7 @@ if "train" in modes:
             fns["ours"]()
             fns["ours"]()
             rt.synchronize()
-        with bins.atomic_write(Path("bench_trace", f"{time.time():.0f}.pt.trace.json")) as file:
+        with bins.atomic_write(Path("bench_trace", f"{time.time():.0f}.pt.trace.json")) as (file,):
             profiler.export_chrome_trace(file.name)
             if not Path(file.name).read_bytes().rstrip().endswith(b"}"):
                 raise UserError("the profiler did not write all of bench_trace/: make room")

@@ -34,33 +34,34 @@ def dataset_folder(dataset: str) -> Path:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write, renamed to `path` when the block ends without an error.
+def atomic_write(*paths: Path) -> Iterator[list[BinaryIO]]:
+    """Binary files to write, renamed to `paths` in this order when the block ends without an error.
 
-    The temporary file has a name of this process alone. On any error, a full disk or Ctrl-C
-    included, it is removed and the earlier file at `path` is unchanged. Raises UserError if it
-    cannot be written.
+    The temporary files have names of this process alone. On any error, a full disk or Ctrl-C
+    included, they are removed and the earlier files at `paths` are unchanged. Raises UserError if
+    one cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    suffix = f".{socket.gethostname()}.{os.getpid()}.tmp"
+    temporary = [path.with_name(path.name + suffix) for path in paths]
     try:
-        regular_file(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            if not file.closed:  # by dataset_writer, which has flushed it
-                flush_to_disk(file)
-        os.replace(temporary, path)
+        for path in paths:
+            regular_file(path).parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(path, "wb")) for path in temporary]
+            yield files
+            for file in files:  # raises OSError now for what the disk would refuse later
+                file.flush()
+                os.fsync(file.fileno())
+        for source, path in zip(temporary, paths, strict=True):
+            os.replace(source, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; "
+        names = " or ".join(path.name for path in paths)
+        raise UserError(f"cannot write {paths[0].parent}/{names}: {error.strerror or error}; "
                         f"what was there before is unchanged") from None
     finally:
-        with suppress(OSError):  # already renamed, or never created
-            temporary.unlink()
-
-
-def flush_to_disk(file: BinaryIO) -> None:
-    """Raise OSError now for what the disk would refuse later."""
-    file.flush()
-    os.fsync(file.fileno())
+        for path in temporary:
+            with suppress(OSError):  # already renamed, or never created
+                path.unlink()
 
 
 def free_disk_bytes(folder: Path) -> int:
@@ -87,11 +88,10 @@ def dataset_writer(folder: Path, meta: dict | None) -> Iterator[Callable[[str, b
     for path in earlier:
         if path.is_dir():
             raise UserError(f"{path} is a folder: move it away")
-    with ExitStack() as stack:
-        check_signals = stack.enter_context(deferred_signals())
-        # The last one is renamed first.
-        files = {name: stack.enter_context(atomic_write(folder / name))
-                 for name in ("train.bin", "val.bin", *extra, "dataset.json")}
+    names = ["dataset.json", *extra, "val.bin", "train.bin"]
+    with (deferred_signals() as check_signals,
+          atomic_write(*(folder / name for name in names)) as opened):
+        files = dict(zip(names, opened, strict=True))
         ours = Path(files["train.bin"].name)
         others = [path for path in folder.glob("train.bin.*.tmp") if path != ours]
         if others:
@@ -110,9 +110,6 @@ def dataset_writer(folder: Path, meta: dict | None) -> Iterator[Callable[[str, b
             pickle.dump(meta, files["meta.pkl"])
         elif kind == "bpe":
             files["tokenizer.json"].write(meta["tokenizer_json"].encode())
-        for file in files.values():  # what the disk refuses, it refuses before any is renamed
-            flush_to_disk(file)
-            file.close()
     for path in earlier:  # of another tokenizer
         path.unlink(missing_ok=True)
     for split in ("train", "val"):

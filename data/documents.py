@@ -198,7 +198,7 @@ def read_text(path: Path, url: str | None) -> str:
         except (requests.RequestException, UnicodeDecodeError) as error:
             raise UserError(f"cannot download {url} ({type(error).__name__}): download it yourself "
                             f"to {path} and run this again") from None
-        with atomic_write(path) as file:
+        with atomic_write(path) as (file,):
             file.write(response.content)
     text = END_OF_TEXT.join(document.text() for document in local_documents([path]))
     if len(text) < 10:

@@ -42,7 +42,7 @@ def numbered_name(iter_num: int) -> str:
 
 def save(path: Path, contents: dict) -> None:
     """Write a checkpoint atomically. Raises UserError if the disk refuses."""
-    with atomic_write(path) as file:
+    with atomic_write(path) as (file,):
         try:
             torch.save(contents, file)
         except RuntimeError as error:  # torch raises it on top of the disk's error

@@ -235,5 +235,5 @@ def keep_records_before(path: Path, start_iter: int, history: list[dict]) -> Non
                 kept.append(line + b"\n")
         except (ValueError, TypeError, KeyError, RecursionError):
             continue  # cut short by a crash, or not a record of ours
-    with atomic_write(path) as file:
+    with atomic_write(path) as (file,):
         file.write(b"".join(kept))

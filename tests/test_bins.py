@@ -159,12 +159,12 @@ def test_random_offsets_depend_on_the_key_alone():
 # ----------------------------------------------------------------------------------- atomic writing
 
 def test_two_processes_that_write_the_same_file_each_write_a_whole_one(tmp_path):
-    with atomic_write(tmp_path / "file") as file:
+    with atomic_write(tmp_path / "file") as (file,):
         file.write(b"ours, ")
         file.flush()
         assert not (tmp_path / "file").exists()
         code = ("import sys; from data.bins import *\n"
-                "with atomic_write(Path(sys.argv[1])) as file: file.write(b'theirs')")
+                "with atomic_write(Path(sys.argv[1])) as (file,): file.write(b'theirs')")
         subprocess.run([sys.executable, "-c", code, tmp_path / "file"], cwd=ROOT, check=True,
                        timeout=60)
         assert (tmp_path / "file").read_bytes() == b"theirs"
