@@ -4,13 +4,14 @@ A batch is a pure function of the seed, the iteration and the file, so that resu
 state of a random number generator, and all processes can draw the same batch.
 """
 
+import errno
 import json
 import os
 import pickle
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import FrameType
 from typing import BinaryIO, TypeVar
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from configurator import ROOT, UserError, nearest, regular_file
 from data.tokenizer import dataset_record, tokenizer_name
@@ -64,54 +66,80 @@ def atomic_write(*paths: Path) -> Iterator[list[BinaryIO]]:
                 path.unlink()
 
 
-def free_disk_bytes(folder: Path) -> int:
-    """Free space of the disk where a folder is, or will be when it is made."""
+def lock_folder(folder: Path, names: Iterable[str], n_bytes: int, what: str) -> FileLock:
+    """Create a folder and lock it until the lock is released or this process ends. Removes the
+    temporary files of `names` (or globs) that killed processes left there.
+
+    Raises UserError if another process has locked it, or if the disk lacks n_bytes for `what`.
+    """
+    temporary = [path for name in names for path in folder.glob(f"{name}.*tmp")]
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in temporary)
+    if n_bytes > free:
+        raise UserError(f"{what} take about {n_bytes / 1e6:,.1f} MB, but the disk of {folder} has "
+                        f"{free / 1e6:,.1f} MB free: make room, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{folder} is in use by another process: wait for its end, or choose "
+                        f"another folder") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems
+            raise
+        print(f"{folder} cannot be locked ({error.strerror}): let no two processes write to it")
+    for path in temporary:
+        path.unlink(missing_ok=True)
+    return lock
 
 
 @contextmanager
-def dataset_writer(folder: Path, meta: dict | None) -> Iterator[Callable[[str, bytes, int], None]]:
+def dataset_writer(folder: Path, meta: dict | None, disk_bytes: int,
+                   ) -> Iterator[Callable[[str, bytes, int], None]]:
     """Write a dataset: all its files when the block ends without an error, else none.
 
     Yields write(split, ids, n_bytes), which adds ids (uint16) of that many bytes of text to
     train.bin or val.bin. meta: of the tokenizer, as `get_tokenizer` takes it; it is written as
-    meta.pkl or tokenizer.json. The counts are written as dataset.json, which is renamed first, so
-    that `open_bin` notices if the process is killed before the last file is.
+    meta.pkl or tokenizer.json. disk_bytes: estimated size of the files. The counts are written as
+    dataset.json, which is renamed first, so that `open_bin` notices if the process is killed before
+    the last file is.
     Raises UserError, also if another process writes a dataset in the folder.
     """
-    remove_stale(folder)
     counts = {"train_tokens": 0, "train_bytes": 0, "val_tokens": 0, "val_bytes": 0}
     kind = tokenizer_name(meta)
     extra = {"char": ["meta.pkl"], "bpe": ["tokenizer.json"]}.get(kind, [])
+    names = ["dataset.json", *extra, "val.bin", "train.bin"]
     earlier = [folder / name for name in ("meta.pkl", "tokenizer.json") if name not in extra]
     for path in earlier:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: move it away")
-    names = ["dataset.json", *extra, "val.bin", "train.bin"]
-    with (deferred_signals() as check_signals,
-          atomic_write(*(folder / name for name in names)) as opened):
-        files = dict(zip(names, opened, strict=True))
-        ours = Path(files["train.bin"].name)
-        others = [path for path in folder.glob("train.bin.*.tmp") if path != ours]
-        if others:
-            raise UserError(f"another process writes to {folder}: wait for its end, or remove "
-                            f"{others[0].name} if there is none")
+        regular_file(path)  # raises OSError for a folder, which could not be removed
+    is_new = not folder.exists()
+    lock = lock_folder(folder, [*names, *(path.name for path in earlier)], disk_bytes, "the files")
+    try:
+        with (deferred_signals() as check_signals,
+              atomic_write(*(folder / name for name in names)) as opened):
+            files = dict(zip(names, opened, strict=True))
 
-        def write(split: str, ids: bytes, n_bytes: int) -> None:
-            check_signals()
-            files[f"{split}.bin"].write(ids)
-            counts[f"{split}_tokens"] += len(ids) // 2
-            counts[f"{split}_bytes"] += n_bytes
+            def write(split: str, ids: bytes, n_bytes: int) -> None:
+                check_signals()
+                files[f"{split}.bin"].write(ids)
+                counts[f"{split}_tokens"] += len(ids) // 2
+                counts[f"{split}_bytes"] += n_bytes
 
-        yield write
-        files["dataset.json"].write(json.dumps({"tokenizer": kind} | counts).encode())
-        if kind == "char":
-            pickle.dump(meta, files["meta.pkl"])
-        elif kind == "bpe":
-            files["tokenizer.json"].write(meta["tokenizer_json"].encode())
-    for path in earlier:  # of another tokenizer
-        path.unlink(missing_ok=True)
+            yield write
+            files["dataset.json"].write(json.dumps({"tokenizer": kind} | counts).encode())
+            if kind == "char":
+                pickle.dump(meta, files["meta.pkl"])
+            elif kind == "bpe":
+                files["tokenizer.json"].write(meta["tokenizer_json"].encode())
+        for path in earlier:  # of another tokenizer
+            path.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+        lock.release()
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
     for split in ("train", "val"):
         print(f"{folder / split}.bin: {counts[f'{split}_tokens']:,} tokens")
 
@@ -142,16 +170,6 @@ def deferred_signals() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-def remove_stale(folder: Path) -> None:
-    """Remove the temporary files in a folder that killed processes of this machine left."""
-    for path in folder.glob(f"*.{socket.gethostname()}.*.tmp") if os.name == "posix" else ():
-        with suppress(OSError, ValueError):
-            try:
-                os.kill(int(path.name.split(".")[-2]), 0)  # only asks whether there is one
-            except ProcessLookupError:
-                path.unlink()
 
 
 def open_bin(path: Path, block_size: int) -> np.memmap:

@@ -138,7 +138,7 @@ FILES = {
     "train --init_from=out/ckpt.pt": "out/ckpt.pt",
     "train --tensorboard_log=True": "?out/tensorboard",
     "train conf.py": "conf.py",
-    "resume": "?out/ckpt.pt data/val.bin ?out/metrics.jsonl ?out/best.pt ?out/lock ?out/lock.owner",
+    "resume": "?out/ckpt.pt data/val.bin ?out/metrics.jsonl ?out/best.pt ?out/lock",
     TRAINED: "trained/tokenizer.json",
     "finetune": "gpt/config.json gpt/model.safetensors bpe/train.bin",
     "sample --start=FILE:prompt.txt": "?out/best.pt prompt.txt",
