@@ -155,12 +155,13 @@ def check_choice(name: str, value: str, choices: list[str]) -> str:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn the ValueErrors of model.py, whose arguments come from settings, into UserErrors."""
+def user_errors(source: str = "") -> Iterator[None]:
+    """Turn the ValueErrors of model.py, whose arguments come from settings or from a source that
+    does not name itself, into UserErrors."""
     try:
         yield
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{source}{error}") from None
 
 
 def fit_types(settings: dict, values: dict, source: object) -> dict:
