@@ -197,9 +197,9 @@ def test_a_parquet_row_without_text_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("ending, pack", [(".txt", bytes), (".md.gz", gzip.compress)])
-def test_a_text_that_is_not_utf8_is_named_with_the_byte(tmp_path, ending, pack):
+def test_a_text_that_is_not_utf8_is_named_with_the_line(tmp_path, ending, pack):
     (tmp_path / f"a{ending}").write_bytes(pack("naïve\n".encode() * 1000 + b"caf\xe9"))
-    with pytest.raises(UserError, match=rf"a{ending} is not UTF-8 at byte 7003"):
+    with pytest.raises(UserError, match=rf"a{ending} line 1001 is not UTF-8"):
         list(local_documents([tmp_path / f"a{ending}"]))
 
 
