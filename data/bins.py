@@ -110,13 +110,12 @@ def dataset_writer(folder: Path, meta: dict | None, n_bytes: int,
     kind = tokenizer_name(meta)
     extra = {"char": ["meta.pkl"], "bpe": ["tokenizer.json"]}.get(kind, [])
     names = ["dataset.json", *extra, "val.bin", "train.bin"]
-    earlier = [folder / name for name in ("meta.pkl", "tokenizer.json") if name not in extra]
-    for path in earlier:
-        regular_file(path)  # raises OSError for a folder, which could not be removed
+    # Of another tokenizer, to be removed, which a folder cannot be.
+    earlier = [regular_file(folder / name) for name in {"meta.pkl", "tokenizer.json"} - {*extra}]
     is_new = not folder.exists()
     # In BPE, English takes just under half its size; code and other languages take more.
     size = 2 * n_bytes if kind == "char" else n_bytes // 2
-    lock = lock_folder(folder, [*names, *(path.name for path in earlier)], size, "the files")
+    lock = lock_folder(folder, {*names, "meta.pkl", "tokenizer.json"}, size, "the files")
     try:
         with (deferred_signals() as check_signals,
               atomic_write(*(folder / name for name in names)) as opened):
@@ -134,7 +133,7 @@ def dataset_writer(folder: Path, meta: dict | None, n_bytes: int,
                 pickle.dump(meta, files["meta.pkl"])
             elif kind == "bpe":
                 files["tokenizer.json"].write(meta["tokenizer_json"].encode())
-        for path in earlier:  # of another tokenizer
+        for path in earlier:
             path.unlink(missing_ok=True)
     finally:
         with suppress(OSError):
