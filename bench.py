@@ -21,10 +21,12 @@ settings of train.py in config files are ignored.
 import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # for python -I
 
-from configurator import ROOT, UserError, check, check_choice, configure, user_errors
+from configurator import (ROOT, UserError, check, check_choice, configure, regular_file,
+                          user_errors)
 
 mode: str | None = None  # train | sample | data | plan | all (three); None: train and sample
 peer: str | None = None  # plain (PyTorch's layers, float32, no cache) | transformers
@@ -73,11 +75,11 @@ gradient_accumulation_steps = 5 * 8  # micro-batches per step, likewise
 
 config, _ = configure(globals(), also_accept=ROOT / "train.py")
 check(globals(), "rounds is None or rounds >= 1", "json != ''", "1 <= input_mb <= 10**5",
-      "batch_size is None or batch_size >= 1", "1 <= block_size <= 10**9", "1 <= n_layer <= 1000",
-      "n_head >= 1", "1 <= n_embd <= 10**6", "0 <= dropout < 1", "num_samples >= 1",
-      "new_tokens >= 1", "num_samples * new_tokens <= 10**8", "top_k >= 1",
-      "0 <= seed < 2**64", "gradient_accumulation_steps >= 1", "max_iters >= 1",
-      "n_gpus >= 1", "0 < mfu <= 1", "gpu_memory_gb is None or gpu_memory_gb > 0",
+      "batch_size is None or batch_size >= 1", "block_size <= 10**9", "n_layer <= 1000",
+      "n_embd <= 10**6", "num_samples >= 1", "new_tokens >= 1", "top_k >= 1",
+      "num_samples * new_tokens <= 10**8", "0 <= seed < 2**64", "max_iters >= 1", "n_gpus >= 1",
+      "gradient_accumulation_steps >= 1", "0 < mfu <= 1",
+      "gpu_memory_gb is None or gpu_memory_gb > 0",
       "usd_per_gpu_hour is None or usd_per_gpu_hour >= 0",
       "not profile or mode in (None, 'train', 'all')",
       "peer != 'transformers' or mode in ('train', 'data') or new_tokens < block_size")
@@ -87,9 +89,8 @@ check_choice("optimizer", optimizer, ["adamw", "muon"])
 modes = {None: ["train", "sample"], "all": ["train", "sample", "data"]}.get(mode, [mode])
 if profile and os.path.lexists("bench_trace") and not os.path.isdir("bench_trace"):
     raise UserError("profile = True writes into bench_trace/, but a file is there: move it away")
-if json and (not os.path.isdir(os.path.dirname(os.path.abspath(json)))
-             or (os.path.exists(json) and not os.path.isfile(json))):
-    raise UserError(f"json = {json!r}: expected a file in a folder that exists")
+if json:
+    regular_file(Path(json))  # raises OSError before anything is measured
 if peer == "transformers" and not find_spec("transformers"):
     raise UserError("peer = 'transformers' needs it: pip install -r requirements-dev.txt")
 
@@ -104,7 +105,6 @@ from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from json import dumps
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -137,7 +137,7 @@ def record(section: str, **figures: float | None) -> None:
 def write_results() -> None:
     """Write results to the file `json`, if there is one."""
     if json:
-        with bins.atomic_write(Path(json)) as file:
+        with bins.atomic_write(Path(json)) as (file,):
             file.write(dumps(results, indent=1).encode())
 
 
@@ -176,15 +176,14 @@ model.to(rt.device)
 if rt.device.type == "cpu":
     cpu.accelerate(model)
 capabilities = torch.cpu.get_capabilities()
-results |= {
-    "settings": config | {"batch_size": batch_size, "rounds": rounds},
-    "machine": {
-        "processor": torch.cuda.get_device_name(rt.device) if on_gpu else
-        capabilities.get("cpu_name", platform.machine()),
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "flags": [name for name, value in capabilities.items() if value is True],
-        "system": platform.platform(), "python": platform.python_version(),
-        "torch": torch.__version__, "device": str(rt.device), "dtype": rt.dtype}}
+config |= {"batch_size": batch_size, "rounds": rounds}
+results["machine"] = {
+    "processor": torch.cuda.get_device_name(rt.device) if on_gpu else
+    capabilities.get("cpu_name", platform.machine()),
+    "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+    "flags": [name for name, value in capabilities.items() if value is True],
+    "system": platform.platform(), "python": platform.python_version(),
+    "torch": torch.__version__, "device": str(rt.device), "dtype": rt.dtype}
 
 # ----------------------------------------------------------------------------------------- timing
 
@@ -340,7 +339,7 @@ if "train" in modes:
             fns["ours"]()
             fns["ours"]()
             rt.synchronize()
-        with bins.atomic_write(Path("bench_trace", f"{time.time():.0f}.pt.trace.json")) as file:
+        with bins.atomic_write(Path("bench_trace", f"{time.time():.0f}.pt.trace.json")) as (file,):
             profiler.export_chrome_trace(file.name)
             if not Path(file.name).read_bytes().rstrip().endswith(b"}"):
                 raise UserError("the profiler did not write all of bench_trace/: make room")

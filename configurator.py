@@ -36,6 +36,7 @@ TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a finite num
 LARGEST = {int: 2**64 - 1, float: sys.float_info.max}
 WORDS = {"none": None, "true": True, "false": False}
 RENAMED = {"decay_fraction": "cooldown_frac"}  # settings of earlier versions
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 NOT_PATHS = {"start", "stop"}  # texts in which a leading ~ is kept
 
 
@@ -59,8 +60,8 @@ def configure(settings: dict, argv: list[str] | None = None, also_accept: Path |
     file: where the settings that differ from the defaults are printed; None: stdout.
     Returns (config, overrides): all settings, and those that files or arguments gave, whether or
         not they differ from the default.
-    Raises UserError. From here on, an uncaught UserError ends the process with one line on stderr
-    and exit status 2, an uncaught RunError with one line and exit status 1.
+    Raises UserError. From here on, an uncaught UserError, or OSError that names a file, ends the
+    process with one line on stderr and exit status 2, a RunError with one line and status 1.
     """
     sys.excepthook = _report_and_exit
     if settings.get("__name__", "__main__") != "__main__":
@@ -154,12 +155,13 @@ def check_choice(name: str, value: str, choices: list[str]) -> str:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn the ValueErrors of model.py, whose arguments come from settings, into UserErrors."""
+def user_errors(source: str = "") -> Iterator[None]:
+    """Turn the ValueErrors of model.py, whose arguments come from settings or from a source that
+    does not name itself, into UserErrors."""
     try:
         yield
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{source}{error}") from None
 
 
 def fit_types(settings: dict, values: dict, source: object) -> dict:
@@ -194,10 +196,7 @@ def _run_config(arg: str, current: dict, ignored: dict) -> dict:
                         f"config files and --key=value")
     # Current settings are visible as builtins, so that the namespace holds only assignments.
     namespace = {"__builtins__": vars(builtins) | current, "__file__": str(path)}
-    try:
-        source = regular_file(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read config file {path}: {error.strerror}") from None
+    source = regular_file(path).read_bytes()
     try:
         exec(compile(source, str(path), "exec"), namespace)
     except BaseException as error:  # GeneratorExit and SystemExit, too
@@ -277,11 +276,9 @@ def _report_and_exit(kind: type, error: BaseException, trace: TracebackType) -> 
         message, status = "stopped by Ctrl-C", 130
     elif issubclass(kind, BrokenPipeError):  # the reader, such as head, has closed the pipe
         message, status = "", 1
-    elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        message = (f"the disk of {error.filename or 'the output'} is full: make room, and start "
-                   f"again")
-    elif issubclass(kind, OSError) and error.errno == errno.ENAMETOOLONG:
-        message = f"the file name {error.filename!r:.100} is too long"
+    elif issubclass(kind, OSError) and (error.filename or error.errno in DISK_FULL):
+        message = (f"cannot read or write {error.filename or 'the output'!s:.300}: "
+                   f"{error.strerror}; check the path, its permissions and the disk")
     elif issubclass(kind, MemoryError) or (issubclass(kind, RuntimeError)
                                            and "allocate" in message):  # torch's, any device
         message = (f"out of memory ({' '.join(message.split())[:200] or kind.__name__}): choose "

@@ -140,14 +140,12 @@ def change_setting(command: str) -> None:
 def read_prompt(start: str | None) -> str:
     if start is None:
         return tokenizer.default_prompt
-    try:
+    with user_errors(f"cannot read the prompt {start}: "):
         if start == "-":
             return sys.stdin.read()
         if start.startswith("FILE:"):
-            path = Path(start.removeprefix("FILE:")).expanduser()
+            path = Path(os.path.expanduser(start.removeprefix("FILE:")))
             return regular_file(path).read_text(encoding="utf-8")
-    except (OSError, RuntimeError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt {start}: {error}") from None
     return start
 
 

@@ -85,8 +85,7 @@ start_time = time.time()
 rules = [
     "out_dir != ''", "init_from != ''", "eval_interval >= 0", "log_interval >= 1",
     "eval_iters >= 0", "keep_every >= 0", "sample_every >= 0", "batch_size >= 1",
-    "gradient_accumulation_steps >= 1",
-    "block_size >= 1", "1 <= n_layer <= 1000", "n_head >= 1", "n_embd >= 1", "0 <= dropout < 1",
+    "gradient_accumulation_steps >= 1", "n_layer <= 1000", "0 <= dropout < 1",
     "gradient_accumulation_steps * batch_size <= 10**8", "eval_iters * batch_size <= 10**8",
     "learning_rate > 0", "max_iters >= 0", "weight_decay >= 0", "0 <= beta1 < 1",
     "0 <= beta2 < 1", "muon_lr > 0", "0 <= muon_momentum < 1",

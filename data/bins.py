@@ -4,13 +4,14 @@ A batch is a pure function of the seed, the iteration and the file, so that resu
 state of a random number generator, and all processes can draw the same batch.
 """
 
+import errno
 import json
 import os
 import pickle
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import FrameType
 from typing import BinaryIO, TypeVar
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from configurator import ROOT, UserError, nearest, regular_file
 from data.tokenizer import dataset_record, tokenizer_name
@@ -34,87 +36,111 @@ def dataset_folder(dataset: str) -> Path:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write, renamed to `path` when the block ends without an error.
+def atomic_write(*paths: Path) -> Iterator[list[BinaryIO]]:
+    """Binary files to write, renamed to `paths` in this order when the block ends without an error.
 
-    The temporary file has a name of this process alone. On any error, a full disk or Ctrl-C
-    included, it is removed and the earlier file at `path` is unchanged. Raises UserError if it
-    cannot be written.
+    The temporary files have names of this process alone. On any error, a full disk or Ctrl-C
+    included, they are removed and the earlier files at `paths` are unchanged. Raises UserError if
+    one cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    suffix = f".{socket.gethostname()}.{os.getpid()}.tmp"
+    temporary = [path.with_name(path.name + suffix) for path in paths]
     try:
-        regular_file(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            if not file.closed:  # by dataset_writer, which has flushed it
-                flush_to_disk(file)
-        os.replace(temporary, path)
+        for path in paths:
+            regular_file(path).parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(path, "wb")) for path in temporary]
+            yield files
+            for file in files:  # raises OSError now for what the disk would refuse later
+                file.flush()
+                os.fsync(file.fileno())
+        for source, path in zip(temporary, paths, strict=True):
+            os.replace(source, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; "
+        names = " or ".join(path.name for path in paths)
+        raise UserError(f"cannot write {paths[0].parent}/{names}: {error.strerror or error}; "
                         f"what was there before is unchanged") from None
     finally:
-        with suppress(OSError):  # already renamed, or never created
-            temporary.unlink()
+        for path in temporary:
+            with suppress(OSError):  # already renamed, or never created
+                path.unlink()
 
 
-def flush_to_disk(file: BinaryIO) -> None:
-    """Raise OSError now for what the disk would refuse later."""
-    file.flush()
-    os.fsync(file.fileno())
+def lock_folder(folder: Path, names: Iterable[str], n_bytes: int, what: str) -> FileLock:
+    """Create a folder and lock it until the lock is released or this process ends. Removes the
+    temporary files of `names` (or globs) that killed processes left there.
 
-
-def free_disk_bytes(folder: Path) -> int:
-    """Free space of the disk where a folder is, or will be when it is made."""
+    Raises UserError if another process has locked it, or if the disk lacks n_bytes for `what`.
+    """
+    temporary = [path for name in names for path in folder.glob(f"{name}.*tmp")]
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in temporary)
+    if n_bytes > free:
+        raise UserError(f"{what} take about {n_bytes / 1e6:,.1f} MB, but the disk of {folder} has "
+                        f"{free / 1e6:,.1f} MB free: make room, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{folder} is in use by another process: wait for its end, or choose "
+                        f"another folder") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems
+            raise
+        print(f"{folder} cannot be locked ({error.strerror}): let no two processes write to it")
+    for path in temporary:
+        path.unlink(missing_ok=True)
+    return lock
 
 
 @contextmanager
-def dataset_writer(folder: Path, meta: dict | None) -> Iterator[Callable[[str, bytes, int], None]]:
+def dataset_writer(folder: Path, meta: dict | None, n_bytes: int,
+                   ) -> Iterator[Callable[[str, bytes, int], None]]:
     """Write a dataset: all its files when the block ends without an error, else none.
 
     Yields write(split, ids, n_bytes), which adds ids (uint16) of that many bytes of text to
     train.bin or val.bin. meta: of the tokenizer, as `get_tokenizer` takes it; it is written as
-    meta.pkl or tokenizer.json. The counts are written as dataset.json, which is renamed first, so
-    that `open_bin` notices if the process is killed before the last file is.
+    meta.pkl or tokenizer.json. n_bytes: of text in all, estimated. The counts are written as
+    dataset.json, which is renamed first, so that `open_bin` notices if the process is killed before
+    the last file is.
     Raises UserError, also if another process writes a dataset in the folder.
     """
-    remove_stale(folder)
     counts = {"train_tokens": 0, "train_bytes": 0, "val_tokens": 0, "val_bytes": 0}
     kind = tokenizer_name(meta)
     extra = {"char": ["meta.pkl"], "bpe": ["tokenizer.json"]}.get(kind, [])
-    earlier = [folder / name for name in ("meta.pkl", "tokenizer.json") if name not in extra]
-    for path in earlier:
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: move it away")
-    with ExitStack() as stack:
-        check_signals = stack.enter_context(deferred_signals())
-        # The last one is renamed first.
-        files = {name: stack.enter_context(atomic_write(folder / name))
-                 for name in ("train.bin", "val.bin", *extra, "dataset.json")}
-        ours = Path(files["train.bin"].name)
-        others = [path for path in folder.glob("train.bin.*.tmp") if path != ours]
-        if others:
-            raise UserError(f"another process writes to {folder}: wait for its end, or remove "
-                            f"{others[0].name} if there is none")
+    names = ["dataset.json", *extra, "val.bin", "train.bin"]
+    # Of another tokenizer, to be removed, which a folder cannot be.
+    earlier = [regular_file(folder / name) for name in {"meta.pkl", "tokenizer.json"} - {*extra}]
+    is_new = not folder.exists()
+    # In BPE, English takes just under half its size; code and other languages take more.
+    size = 2 * n_bytes if kind == "char" else n_bytes // 2
+    lock = lock_folder(folder, {*names, "meta.pkl", "tokenizer.json"}, size, "the files")
+    try:
+        with (deferred_signals() as check_signals,
+              atomic_write(*(folder / name for name in names)) as opened):
+            files = dict(zip(names, opened, strict=True))
 
-        def write(split: str, ids: bytes, n_bytes: int) -> None:
-            check_signals()
-            files[f"{split}.bin"].write(ids)
-            counts[f"{split}_tokens"] += len(ids) // 2
-            counts[f"{split}_bytes"] += n_bytes
+            def write(split: str, ids: bytes, n_bytes: int) -> None:
+                check_signals()
+                files[f"{split}.bin"].write(ids)
+                counts[f"{split}_tokens"] += len(ids) // 2
+                counts[f"{split}_bytes"] += n_bytes
 
-        yield write
-        files["dataset.json"].write(json.dumps({"tokenizer": kind} | counts).encode())
-        if kind == "char":
-            pickle.dump(meta, files["meta.pkl"])
-        elif kind == "bpe":
-            files["tokenizer.json"].write(meta["tokenizer_json"].encode())
-        for file in files.values():  # what the disk refuses, it refuses before any is renamed
-            flush_to_disk(file)
-            file.close()
-    for path in earlier:  # of another tokenizer
-        path.unlink(missing_ok=True)
+            yield write
+            files["dataset.json"].write(json.dumps({"tokenizer": kind} | counts).encode())
+            if kind == "char":
+                pickle.dump(meta, files["meta.pkl"])
+            elif kind == "bpe":
+                files["tokenizer.json"].write(meta["tokenizer_json"].encode())
+        for path in earlier:
+            path.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+        lock.release()
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
     for split in ("train", "val"):
         print(f"{folder / split}.bin: {counts[f'{split}_tokens']:,} tokens")
 
@@ -136,25 +162,13 @@ def deferred_signals() -> Iterator[Callable[[], None]]:
         received.append(number)
 
     numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
-    earlier = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in earlier.items():
-        if handler != signal.SIG_IGN:  # nohup
-            signal.signal(number, record)
+    earlier = {number: signal.signal(number, record) for number in numbers
+               if signal.getsignal(number) != signal.SIG_IGN}  # nohup
     try:
         yield stop
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-def remove_stale(folder: Path) -> None:
-    """Remove the temporary files in a folder that killed processes of this machine left."""
-    for path in folder.glob(f"*.{socket.gethostname()}.*.tmp") if os.name == "posix" else ():
-        with suppress(OSError, ValueError):
-            try:
-                os.kill(int(path.name.split(".")[-2]), 0)  # only asks whether there is one
-            except ProcessLookupError:
-                path.unlink()
 
 
 def open_bin(path: Path, block_size: int) -> np.memmap:
@@ -163,25 +177,22 @@ def open_bin(path: Path, block_size: int) -> np.memmap:
     Raises UserError if it is missing, too short for one block and its targets, or of another size
     than was recorded.
     """
-    try:
-        if not path.is_file():
-            script = path.parent / "prepare.py"
-            prepared = [folder.parent.name for folder in (ROOT / "data").glob("*/train.bin")]
-            raise UserError(f"no {path}{nearest(path.parent.name, prepared)}: prepare the dataset "
-                            f"first{f', with python {script}' if script.exists() else ''}")
-        size = path.stat().st_size
-        if size % 2 or size // 2 <= block_size:
-            raise UserError(f"{path} has {size:,} bytes: expected 2 for each of more than "
-                            f"block_size = {block_size} tokens; prepare it again, or choose a "
-                            f"smaller block_size")
-        recorded = dataset_record(path.parent).get(f"{path.stem}_tokens", size // 2)
-        if recorded != size // 2:
-            raise UserError(f"{path} has {size // 2} tokens, but {recorded!r:.30} were recorded in "
-                            f"dataset.json: it was cut short or replaced; prepare the dataset "
-                            f"again, or remove dataset.json if this file is right")
-        return np.memmap(path, dtype=DTYPE, mode="r")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not path.is_file():
+        script = path.parent / "prepare.py"
+        prepared = [folder.parent.name for folder in (ROOT / "data").glob("*/train.bin")]
+        raise UserError(f"no {path}{nearest(path.parent.name, prepared)}: prepare the dataset "
+                        f"first{f', with python {script}' if script.exists() else ''}")
+    size = path.stat().st_size
+    if size % 2 or size // 2 <= block_size:
+        raise UserError(f"{path} has {size:,} bytes: expected 2 for each of more than "
+                        f"block_size = {block_size} tokens; prepare it again, or choose a "
+                        f"smaller block_size")
+    recorded = dataset_record(path.parent).get(f"{path.stem}_tokens", size // 2)
+    if recorded != size // 2:
+        raise UserError(f"{path} has {size // 2} tokens, but {recorded!r:.30} were recorded in "
+                        f"dataset.json: it was cut short or replaced; prepare the dataset "
+                        f"again, or remove dataset.json if this file is right")
+    return np.memmap(path, dtype=DTYPE, mode="r")
 
 
 def check_vocabulary(tokens: np.memmap, vocab_size: int) -> None:

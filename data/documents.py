@@ -118,20 +118,19 @@ def parquet_documents(path: Path, file: BinaryIO) -> Iterator[Document]:
 
 
 def text_documents(path: Path, file: BinaryIO) -> Iterator[Document]:
-    lines, offset = [], 0  # of the document so far; of the line, in bytes
-    for line in itertools.chain(file, [END_OF_TEXT.encode()]):
+    lines = []  # of the document so far
+    for number, line in enumerate(itertools.chain(file, [END_OF_TEXT.encode()]), start=1):
         try:
             *ends, rest = line.decode().split(END_OF_TEXT)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 at byte {offset + error.start}: convert it, or "
-                            f"leave it out") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{path} line {number} is not UTF-8: convert the file, or leave it "
+                            f"out") from None
         for end in ends:
             text = "".join([*lines, end])
             if text.strip():
                 yield Document(text, str(path))
             lines = []
         lines.append(rest)
-        offset += len(line)
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -198,7 +197,7 @@ def read_text(path: Path, url: str | None) -> str:
         except (requests.RequestException, UnicodeDecodeError) as error:
             raise UserError(f"cannot download {url} ({type(error).__name__}): download it yourself "
                             f"to {path} and run this again") from None
-        with atomic_write(path) as file:
+        with atomic_write(path) as (file,):
             file.write(response.content)
     text = END_OF_TEXT.join(document.text() for document in local_documents([path]))
     if len(text) < 10:

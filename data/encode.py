@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError
-from data.bins import dataset_writer, free_disk_bytes, remove_stale
+from data.bins import dataset_writer
 from data.documents import Document
 from data.tokenizer import get_tokenizer
 
@@ -25,38 +25,24 @@ LabeledDocument = tuple[Document, bool]  # and whether it is held out
 
 
 def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict | None,
-                  n_bytes: int | None, num_proc: int | None, disk_bytes: int,
-                  one_text: bool = False) -> None:
+                  n_bytes: int, num_proc: int | None, one_text: bool = False) -> None:
     """Write documents as a dataset: all its files, or none. Raises UserError.
 
-    meta: of the tokenizer. n_bytes: of text, if known. num_proc: worker processes; None: one
-    per core. disk_bytes: estimated size of the files. one_text: the documents are the
-    parts of a text, with nothing between them.
+    meta: of the tokenizer. n_bytes: of text, estimated. num_proc: worker processes; None: one per
+    core. one_text: the documents are the parts of a text, with nothing between them.
     """
     from tqdm import tqdm
     load_tokenizer(meta)  # downloads GPT-2's BPE files, once for all workers
-    remove_stale(folder)
-    try:
-        free_bytes = free_disk_bytes(folder)
-        if disk_bytes > free_bytes:
-            raise UserError(f"{folder} has {free_bytes / 1e6:,.1f} MB free, but about "
-                            f"{disk_bytes / 1e6:,.1f} MB are needed: choose another folder")
-        is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another "
-                        f"folder") from None
-
     # Windows can wait for 61 processes.
     n_workers = min(num_proc or os.cpu_count(), 61 if os.name == "nt" else 1000)
-    if n_bytes is not None and n_bytes <= SMALL:
+    if n_bytes <= SMALL:
         pool = ThreadPoolExecutor(1)
     else:
         pool = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), start_worker,
                                    (meta,))
     pending = deque()
     try:
-        with (dataset_writer(folder, meta) as write,
+        with (dataset_writer(folder, meta, n_bytes) as write,
               tqdm(total=n_bytes, unit="B", unit_scale=True, file=sys.stdout) as progress):
             def write_oldest() -> None:
                 for split, part in zip(("train", "val"), pending.popleft().result(), strict=True):
@@ -79,8 +65,6 @@ def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict
         for process in multiprocessing.active_children():
             process.kill()  # one may wait for a lock of a killed one, and `shutdown` for it
         pool.shutdown()
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def write_text_dataset(folder: Path, text: str, meta: dict | None = None) -> None:
@@ -88,7 +72,7 @@ def write_text_dataset(folder: Path, text: str, meta: dict | None = None) -> Non
     val.bin. meta: of the tokenizer; None for GPT-2's BPE. Raises UserError."""
     cut, tokenizer = int(0.9 * len(text)), get_tokenizer(meta)
     print(f"{len(text):,} characters, {len(set(text))} distinct")
-    with dataset_writer(folder, meta) as write:
+    with dataset_writer(folder, meta, len(text)) as write:
         for split, part in (("train", text[:cut]), ("val", text[cut:])):
             ids = np.array(tokenizer.encode(part), dtype=np.uint16)
             write(split, ids.tobytes(), len(part.encode()))

@@ -71,12 +71,10 @@ class GPT2Tokenizer:
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:  # no network, or a proxy's page instead of the file
-            raise UserError(
-                f"GPT-2's BPE files are not whole in tiktoken's cache, and cannot be downloaded "
-                f"({type(error).__name__}): once, on a machine with a network, run python -c "
-                f"\"import tiktoken; tiktoken.get_encoding('gpt2')\" with "
-                f"TIKTOKEN_CACHE_DIR=some-folder, copy the folder here and set the variable"
-            ) from None
+            raise UserError(f"GPT-2's BPE files are not whole in tiktoken's cache, and cannot be "
+                            f"downloaded ({type(error).__name__}): run this once with a network "
+                            f"and TIKTOKEN_CACHE_DIR=folder, copy the folder here, and set the "
+                            f"variable") from None
         self.n_vocab, self.end_of_text = self.bpe.n_vocab, self.bpe.eot_token
 
     def encode(self, text: str) -> list[int]:
@@ -192,9 +190,8 @@ def dataset_record(folder: Path) -> dict:
         return {}
 
 
-def check_meta(meta: object, source: object) -> dict:
-    """Return `meta` if it is of characters or a trained BPE; else raise UserError naming its
-    source."""
+def check_meta(meta: object, source: object) -> None:
+    """Raise UserError, naming its source, unless a meta is of characters or a trained BPE."""
     try:
         size = meta["vocab_size"]
         if "tokenizer_json" in meta:
@@ -207,7 +204,5 @@ def check_meta(meta: object, source: object) -> dict:
     except (TypeError, ValueError, LookupError, AttributeError):
         valid = False
     if not valid:
-        raise UserError(f"{source} holds no vocabulary: expected vocab_size, and itos and stoi, "
-                        f"its inverse, or the tokenizer_json of a byte-level BPE; prepare the "
-                        f"dataset again")
-    return meta
+        raise UserError(f"{source} holds no vocabulary: expected vocab_size, with itos and stoi or "
+                        f"the tokenizer_json of a byte-level BPE; prepare the dataset again")

@@ -42,7 +42,7 @@ def numbered_name(iter_num: int) -> str:
 
 def save(path: Path, contents: dict) -> None:
     """Write a checkpoint atomically. Raises UserError if the disk refuses."""
-    with atomic_write(path) as file:
+    with atomic_write(path) as (file,):
         try:
             torch.save(contents, file)
         except RuntimeError as error:  # torch raises it on top of the disk's error
@@ -106,8 +106,6 @@ def latest(out_dir: str) -> tuple[Path | None, int]:
         names = os.listdir(folder)
     except FileNotFoundError:
         names = []
-    except OSError as error:
-        raise UserError(f"cannot read out_dir = {out_dir!r}: {error.strerror}") from None
     numbered = sorted(fnmatch.filter(names, NUMBERED))
     steps = {}
     for path in (folder / name for name in (LATEST, BEST, *numbered[-1:]) if name in names):
@@ -179,12 +177,13 @@ def check_tokenizer(saved: dict | None, meta: dict | None, source: object, datas
                         f"choose a dataset of the same tokenizer")
 
 
-def check_shape(overrides: dict, config: GPTConfig, source: object) -> None:
+def check_shape(overrides: dict, config: GPTConfig, source: object,
+                except_for: tuple[str, ...] = ("block_size", "dropout")) -> None:
     """Raise UserError if settings ask for another architecture than that of a loaded model."""
     for name, value in asdict(config).items():
-        if name not in ("block_size", "dropout") and overrides.get(name, value) != value:
+        if name not in except_for and overrides.get(name, value) != value:
             raise UserError(f"{name} = {overrides[name]!r}, but the model of {source} has "
-                            f"{value!r}: leave it out, or use --init_from=scratch")
+                            f"{value!r}: leave it out, or start a new run with --init_from=scratch")
 
 
 # ---------------------------------------------------------------------------------- resuming
@@ -201,16 +200,10 @@ def restore_settings(settings: dict, config: dict, overrides: dict, contents: di
     restored = fit_types(settings, {
         name: value for name, value in in_file.items()
         if name not in overrides and name not in MACHINE_SETTINGS}, path)
-    try:
+    with user_errors(f"{path}: "):
         model_config = GPTConfig.from_model_args(contents["model_args"])
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+    check_shape(overrides, model_config, path, except_for=("dropout",))
     shape = asdict(model_config)
-    check_shape(overrides, model_config, path)
-    if overrides.get("block_size", shape["block_size"]) != shape["block_size"]:
-        raise UserError(f"block_size = {overrides['block_size']}, but the run in {path} has "
-                        f"{shape['block_size']}: leave it out to resume, or start a new run from "
-                        f"its weights with --init_from={path}")
     restored |= {name: shape[name] for name in shape if name in config and name != "dropout"}
     try:
         choose_dtype(restored.get("dtype"), choose_device(config["device"]), shape["n_embd"])
@@ -242,8 +235,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
         params = [(name, p, ["momentum"] if "momentum" in group else ["exp_avg", "exp_avg_sq"])
                   for group in optimizer.param_groups
                   for name, p in zip(group["param_names"], group["params"], strict=True)]
-        if not all(isinstance(group, dict) for group in saved["param_groups"]):
-            raise ValueError("it has no parameter groups")
         saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
         names = [name for group in saved["param_groups"] for name in group.get("param_names", [])]
         saved_id = dict(zip(names or [name for name, _, _ in params], saved_ids, strict=True))

@@ -223,8 +223,6 @@ def keep_records_before(path: Path, start_iter: int, history: list[dict]) -> Non
         lines = regular_file(path).read_bytes().splitlines()
     except FileNotFoundError:
         return
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; move it away to resume") from None
     evaluated = {record["iter"] for record in history}
     kept = []
     for line in lines:
@@ -235,5 +233,5 @@ def keep_records_before(path: Path, start_iter: int, history: list[dict]) -> Non
                 kept.append(line + b"\n")
         except (ValueError, TypeError, KeyError, RecursionError):
             continue  # cut short by a crash, or not a record of ours
-    with atomic_write(path) as file:
+    with atomic_write(path) as (file,):
         file.write(b"".join(kept))

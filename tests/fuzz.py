@@ -99,7 +99,7 @@ def setting_case(command: str, name: str, rng: random.Random) -> Case:
             if not str(arg).startswith(f"--{name}=")]
     return Case(f"{command}: {name} = {text:.30}{' in a config file' * by_file}",
                 [*args, "conf.py" if by_file else f"--{name}={text}"],
-                [name, text.strip().removeprefix("~") or name, "file name", "the text", "documents",
+                [name, text.strip().removeprefix("~") or name, "File name", "the text", "documents",
                  "the prompt", *["train.bin"] * (name == "init_from")],
                 lambda folder: by_file and (folder / "conf.py").write_text(f"{name} = {text}\n"),
                 text in wrong)
@@ -138,7 +138,7 @@ FILES = {
     "train --init_from=out/ckpt.pt": "out/ckpt.pt",
     "train --tensorboard_log=True": "?out/tensorboard",
     "train conf.py": "conf.py",
-    "resume": "?out/ckpt.pt data/val.bin ?out/metrics.jsonl ?out/best.pt ?out/lock ?out/lock.owner",
+    "resume": "?out/ckpt.pt data/val.bin ?out/metrics.jsonl ?out/best.pt ?out/lock",
     TRAINED: "trained/tokenizer.json",
     "finetune": "gpt/config.json gpt/model.safetensors bpe/train.bin",
     "sample --start=FILE:prompt.txt": "?out/best.pt prompt.txt",

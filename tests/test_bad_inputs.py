@@ -109,7 +109,7 @@ CASES = {
         "finetune --dataset={folder}/data", ["gpt", "GPT-2's BPE", "14 characters"]),
     # out_dir and loggers
     "an out_dir without write permission": Case(
-        "train", ["out_dir = 'out'", "Permission denied"], {"out/lock": 0o444, "out": 0o555}),
+        "train", ["out/lock: Permission denied", "permissions"], {"out/lock": 0o444, "out": 0o555}),
     "no TensorBoard": Case(
         "train --tensorboard_log=True", ["tensorboard", "pip install"], absent("tensorboard")),
     "no Weights & Biases": Case(

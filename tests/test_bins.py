@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -26,7 +27,6 @@ from data.bins import (
     open_bin,
     prefetch,
     random_offsets,
-    remove_stale,
     sequential_offsets,
 )
 from data.documents import read_text
@@ -159,12 +159,12 @@ def test_random_offsets_depend_on_the_key_alone():
 # ----------------------------------------------------------------------------------- atomic writing
 
 def test_two_processes_that_write_the_same_file_each_write_a_whole_one(tmp_path):
-    with atomic_write(tmp_path / "file") as file:
+    with atomic_write(tmp_path / "file") as (file,):
         file.write(b"ours, ")
         file.flush()
         assert not (tmp_path / "file").exists()
         code = ("import sys; from data.bins import *\n"
-                "with atomic_write(Path(sys.argv[1])) as file: file.write(b'theirs')")
+                "with atomic_write(Path(sys.argv[1])) as (file,): file.write(b'theirs')")
         subprocess.run([sys.executable, "-c", code, tmp_path / "file"], cwd=ROOT, check=True,
                        timeout=60)
         assert (tmp_path / "file").read_bytes() == b"theirs"
@@ -173,16 +173,13 @@ def test_two_processes_that_write_the_same_file_each_write_a_whole_one(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_temporary_files_are_removed_if_their_process_of_this_machine_is_gone(tmp_path):
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    host = socket.gethostname()
-    names = [f"train.bin.{host}.{gone.pid}.tmp", f"train.bin.{host}.{os.getppid()}.tmp",
-             f"train.bin.other.{gone.pid}.tmp", f"notes.{host}.x.tmp", "train.bin"]
+def test_temporary_files_of_killed_processes_are_removed_before_a_dataset_is_written(tmp_path):
+    names = ["train.bin.host.7.tmp", "tokenizer.json.host.7.tmp", "notes.host.7.tmp"]
     for name in names:
         (tmp_path / name).touch()
-    remove_stale(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
+    write_text_dataset(tmp_path, TEXT, CharTokenizer.meta_of(TEXT))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "train.bin", "val.bin", "meta.pkl", "dataset.json", names[2]}
 
 
 # -------------------------------------------------------------------------------- text and datasets
@@ -262,13 +259,18 @@ def test_a_token_file_that_was_cut_or_replaced_is_refused(tmp_path, name, change
 
 def test_a_second_process_that_writes_the_same_dataset_is_refused(tmp_path):
     write_text_dataset(tmp_path, 10 * TEXT, CharTokenizer.meta_of(TEXT))
-    before = snapshot(tmp_path)
-    other = tmp_path / "train.bin.elsewhere.7.tmp"
-    other.touch()
-    with pytest.raises(UserError, match=f"another process writes to {tmp_path}.*{other.name}"):
-        write_text_dataset(tmp_path, 5 * TEXT, CharTokenizer.meta_of(TEXT))
-    other.unlink()
-    assert snapshot(tmp_path) == before
+    code = ("import sys; from data.bins import *\n"
+            "with dataset_writer(Path(sys.argv[1]), None, 0): print('writing', input())")
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        while not list(tmp_path.glob("train.bin.*.tmp")):
+            time.sleep(0.01)
+        before = snapshot(tmp_path)
+        with pytest.raises(UserError, match=f"{tmp_path} is in use by another process: wait"):
+            write_text_dataset(tmp_path, 5 * TEXT, CharTokenizer.meta_of(TEXT))
+        assert snapshot(tmp_path) == before
+        other.communicate(b"\n", timeout=60)
+    assert {path.name for path in tmp_path.iterdir()} == {"train.bin", "val.bin", "dataset.json"}
 
 
 @pytest.mark.parametrize("fails_at", range(1, 4))

@@ -246,7 +246,7 @@ def test_a_full_disk_under_stdout_ends_the_run_in_a_sentence(tmp_path):
         done = subprocess.run([sys.executable, ROOT / "train.py", *RUN, f"--out_dir={tmp_path}"],
                               stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 2
-    assert re.fullmatch("error: .*full.*\n", done.stderr)
+    assert re.fullmatch("error: cannot read or write the output: No space .*\n", done.stderr)
 
 
 def test_a_disk_too_small_for_the_checkpoints_to_come_is_refused_before_the_first_step(
@@ -255,10 +255,10 @@ def test_a_disk_too_small_for_the_checkpoints_to_come_is_refused_before_the_firs
     error = train(tmp_path / "run", "--n_embd=128", status=2,
                   fault=f"if step == -1: shutil.disk_usage = {free}").stderr
     n_params = 2 * 12 * 128**2 + (14 + 16) * 128 + 5 * 128  # of the layers, embeddings and norms
-    found = re.search(r"needs ([\d.]+) MB for (\d+) checkpoints .* has 20 MB free", error)
+    found = re.search(r"(\d+) checkpoints.* take about ([\d.]+) MB, .* has 20.0 MB free", error)
     assert str(tmp_path / "run") in error
-    assert int(found[2]) == 6 + 3  # numbered ones, ckpt.pt, best.pt and one that is being written
-    assert float(found[1]) == pytest.approx(9 * (12 * n_params + 2**20) / 1e6, abs=0.5)
+    assert int(found[1]) == 6 + 3  # numbered ones, ckpt.pt, best.pt and one that is being written
+    assert float(found[2]) == pytest.approx(9 * (12 * n_params + 2**20) / 1e6, abs=0.5)
     assert not list(tmp_path.iterdir())
 
 
@@ -348,7 +348,7 @@ def test_a_second_run_in_one_out_dir_is_refused_but_for_an_evaluation_and_touche
             before = snapshot(tmp_path)
             for start in ("scratch", "resume", "auto"):
                 error = train(tmp_path, f"--init_from={start}", status=2).stderr
-                assert re.search(rf"'{tmp_path}' is in use .*\(process {process.pid} on ", error)
+                assert f"{tmp_path} is in use by another process" in error
             assert "step 24: " in train(tmp_path, "--eval_only=True").stdout
             assert snapshot(tmp_path) == before
         finally:

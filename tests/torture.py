@@ -171,9 +171,9 @@ class Preparing:
                      "--name=mine", f"--tokenizer={self.name}", "--num_proc=2")
 
     def contents(self) -> dict[str, bytes]:
-        """The files of the dataset, without temporary ones."""
+        """The files of the dataset, without temporary ones and the lock."""
         return {path.name: path.read_bytes() for path in self.folder.glob("*")
-                if path.suffix != ".tmp"}
+                if path.suffix != ".tmp" and path.name != "lock"}
 
     def temporary_files(self) -> list[str]:
         names = os.listdir(self.folder) if self.folder.exists() else []

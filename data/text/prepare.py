@@ -99,9 +99,7 @@ if __name__ == "__main__":  # worker processes import this file, too
     print(f"tokenizer: {describe_tokenizer(meta)}")
     documents = hold_out(counted(local_documents(paths), len(sizes)), np.array(sizes),
                       BLOCK * (n_bytes // n_chars + 1 if kind == "char" else BPE_BYTES))
-    write_dataset(folder, documents, meta, n_bytes, num_proc,
-                  disk_bytes=2 * n_bytes if kind == "char" else n_bytes // 2,
-                  one_text=len(sizes) == 1)
+    write_dataset(folder, documents, meta, n_bytes, num_proc, one_text=len(sizes) == 1)
 
     n_train, n_val = (len(open_bin(folder / f"{split}.bin", 1)) for split in ("train", "val"))
     if n_val < BLOCK:
