@@ -156,6 +156,34 @@ def test_random_offsets_depend_on_the_key_alone():
         assert random_offsets(10_000, 8, 16, key).tolist() != first
 
 
+@given(st.integers(1, 3000), st.integers(1, 50), st.integers(0, 2**63))
+def test_each_pass_of_epoch_offsets_visits_each_whole_block_once(n_blocks, block_size, seed):
+    n_tokens = n_blocks * block_size + 1 + seed % block_size
+    passes = [bins.epoch_offsets(n_tokens, block_size, i * n_blocks, n_blocks, (0, seed))
+              for i in (0, 1, 7)]
+    for offsets in passes:
+        assert sorted(offsets) == list(range(0, n_blocks * block_size, block_size))
+    if n_blocks > 100:  # then equal orders, or the file's own, are as good as impossible
+        assert len({tuple(offsets) for offsets in passes} | {tuple(sorted(passes[0]))}) == 4
+
+
+@given(st.integers(0, 500), st.integers(1, 100))
+def test_epoch_offsets_are_one_endless_sequence_whatever_part_is_asked_for(first, count):
+    whole = bins.epoch_offsets(1000, 7, 0, 600, (0, 1))
+    part = bins.epoch_offsets(1000, 7, first, count, (0, 1))
+    assert (part == whole[first:first + count]).all()
+
+
+def test_a_permutation_puts_each_number_anywhere_with_equal_probability():
+    n, n_keys = 12, 4000
+    images = np.stack([bins.permute(np.arange(n), n, (5, key)) for key in range(n_keys)])
+    counts = np.stack([(images == image).sum(axis=0) for image in range(n)])
+    expected = n_keys / n
+    chi_squared = ((counts - expected)**2 / expected).sum()  # of (n - 1)^2 degrees of freedom
+    assert chi_squared < (n - 1)**2 + 6 * (2 * (n - 1)**2)**0.5
+
+
+
 # ----------------------------------------------------------------------------------- atomic writing
 
 def test_two_processes_that_write_the_same_file_each_write_a_whole_one(tmp_path):

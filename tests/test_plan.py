@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-from engine.plan import memory_by_part
+from engine.plan import bytes_per_step, memory_by_part
 from model import GPT, GPTConfig
 
 
@@ -70,3 +70,25 @@ def test_a_wrong_plan_is_one_sentence(args, words):
     done = run(ROOT / "bench.py", "--mode=plan", *args)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert all(word in done.stderr for word in words)
+
+
+def test_a_gpu_holds_its_share_of_a_sharded_model_and_a_block_at_a_time():
+    model = GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=10, n_head=2, n_embd=64))
+    n_params = sum(p.numel() for p in model.parameters())
+    n_block = sum(p.numel() for p in model.transformer.h[0].parameters())
+    n_rest = n_params - 10 * n_block
+    parts = memory_by_part(model, 1, "float32", "adamw", 4, shard=True)
+    assert parts["weights"] == n_params + 8 * n_block + 4 * n_rest
+    assert parts["optimizer"] == 2 * n_params and parts["ddp_buckets"] == 0
+    assert parts["gradients"] == n_params + 4 * (n_block + n_rest)
+    assert memory_by_part(model, 1, "float32", "adamw", 4, True, True)["gradients"] == 4 * n_params
+
+
+def test_bytes_sent_are_those_of_ring_collectives():
+    model = GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=10, n_head=2, n_embd=64))
+    n_params = sum(p.numel() for p in model.parameters())
+    n_blocks = sum(p.numel() for p in model.transformer.h.parameters())
+    assert bytes_per_step(model, "float32", 1, False, 3) == 0
+    assert bytes_per_step(model, "bfloat16", 4, False, 3) == 2 * 4 * n_params * 3 / 4
+    assert bytes_per_step(model, "bfloat16", 4, True, 3) == pytest.approx(
+        (4 * n_params + 3 * (2 * 2 * n_blocks + 4 * (n_params - n_blocks))) * 3 / 4)

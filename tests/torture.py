@@ -3,6 +3,7 @@
     python tests/torture.py                     # 100 kills of a run: some minutes on two cores
     python tests/torture.py --what=modern       # a run with Muon and all departures from GPT-2
     python tests/torture.py --what=torchrun     # the same by two processes: all killed, or one
+    python tests/torture.py --what=sharded      # the same with --shard=True
     python tests/torture.py --what=prepare      # data/text/prepare.py: all processes, or a worker
     python tests/torture.py --kills=8 --seed=1
 
@@ -31,7 +32,7 @@ from data.tokenizer import CharTokenizer
 from engine import checkpoint
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--what", choices=["classic", "modern", "torchrun", "prepare"],
+parser.add_argument("--what", choices=["classic", "modern", "torchrun", "sharded", "prepare"],
                     default="classic")
 parser.add_argument("--kills", type=int, default=100)
 parser.add_argument("--seed", type=int, default=0, help="of the instants")
@@ -46,8 +47,9 @@ SETTINGS = [*TINY, "--n_layer=4", "--n_embd=128", "--batch_size=2", "--dropout=0
 if what != "classic":
     SETTINGS += ["--optimizer=muon", "--muon_lr=1e-3", "--embedding_lr=3e-4", "--head_lr=1e-4",
                  "--schedule=linear", *(f"--{name}={value}" for name, value in MODERN.items())]
+SETTINGS += ["--shard=True"] if what == "sharded" else []
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-            "--max-restarts=1000000"] if what == "torchrun" else []
+            "--max-restarts=1000000"] if what in ("torchrun", "sharded") else []
 
 rng = random.Random(seed)
 temporary = tempfile.TemporaryDirectory(prefix="torture-")

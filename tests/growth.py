@@ -1,0 +1,114 @@
+"""Does a run scale to more hosts as the plan says? Prints a table; exits 1 if losses differ.
+
+    python tests/growth.py                  # 1, 2, 4 and 8 hosts: some minutes on two cores
+    python tests/growth.py --hosts=2 --steps=4
+
+Each host is a network namespace with one process, on a virtual switch of this machine: that needs
+Linux, root and the command `ip`. docs/growing.md says what is compared.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+from conftest import MODERN, ROOT, TINY, records
+
+from data.encode import write_text_dataset
+from data.tokenizer import CharTokenizer
+from engine.plan import bytes_per_step
+from model import GPT, GPTConfig
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--hosts", default="1,2,4,8")
+parser.add_argument("--steps", type=int, default=12)
+arguments = parser.parse_args()
+text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "train.py"))
+meta = CharTokenizer.meta_of(text)
+SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 32}
+SETTINGS = [*TINY, "--gradient_accumulation_steps=8", "--eval_interval=0", "--log_interval=1",
+            *(f"--{name}={value}" for name, value in (SHAPE | MODERN | {"bigram": False}).items())]
+
+
+def ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True)
+
+
+@contextmanager
+def network(n: int) -> Iterator[list[str]]:
+    """The names of n namespaces with the addresses 10.0.0.1 to 10.0.0.n on one switch."""
+    names = [f"plaingpt-{os.getpid()}-{i}" for i in range(n)]
+    switch = f"plain{os.getpid()}"[:15]
+    try:
+        ip("netns", "add", switch)
+        ip("-n", switch, "link", "add", "switch", "type", "bridge")
+        ip("-n", switch, "link", "set", "switch", "up")
+        for i, name in enumerate(names):
+            ip("netns", "add", name)
+            ip("link", "add", "cable", "netns", name, "type", "veth", "peer", f"port{i}", "netns",
+               switch)
+            ip("-n", switch, "link", "set", f"port{i}", "master", "switch", "up")
+            ip("-n", name, "addr", "add", f"10.0.0.{i + 1}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in [*names, switch]:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def sent_bytes(name: str) -> int:
+    """What a namespace has sent over its cable."""
+    lines = subprocess.run(["ip", "netns", "exec", name, "cat", "/proc/net/dev"], check=True,
+                           capture_output=True, text=True).stdout
+    return int(re.search(r"cable: *(?:\d+ +){8}(\d+)", lines)[1])
+
+
+def train(n: int, shard: bool, steps: int, folder: Path) -> tuple[list[float], float, float]:
+    """Losses, milliseconds of a step, and bytes that the busiest host sent in all."""
+    out_dir = folder / f"{n}-{shard}-{steps}"
+    with network(n) as names:
+        processes = [subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, ROOT / "train.py", *SETTINGS,
+             f"--shard={shard}", f"--max_iters={steps}", f"--dataset={folder / 'dataset'}",
+             f"--out_dir={out_dir}"], stdout=subprocess.DEVNULL,
+            env=os.environ | {"RANK": str(i), "WORLD_SIZE": str(n), "LOCAL_RANK": "0",
+                              "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500",
+                              "GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"})
+                     for i, name in enumerate(names)]
+        statuses = [process.wait() for process in processes]
+        if any(statuses):
+            sys.exit(f"{n} hosts, shard={shard}: a process failed")
+        sent = max(sent_bytes(name) for name in names)
+    logged = records(out_dir, "loss")
+    ms = median(sum(v for k, v in r.items() if k.endswith("_ms")) for r in logged[1:])
+    return [r["loss"] for r in logged], ms, sent
+
+
+if __name__ == "__main__":
+    model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **SHAPE | MODERN | {"bigram": False}))
+    worst = 0.0
+    with tempfile.TemporaryDirectory(prefix="growth-") as temporary:
+        folder = Path(temporary)
+        write_text_dataset(folder / "dataset", text, meta)
+        print("| hosts | shard | ms a step | MB sent a step | predicted | losses differ by |")
+        print("|---|---|---|---|---|---|")
+        expected, few = None, max(2, arguments.steps // 3)
+        for n in map(int, arguments.hosts.split(",")):
+            for shard in (False, True)[:1 if n == 1 else 2]:
+                _, _, sent_before = train(n, shard, few, folder)
+                losses, ms, sent = train(n, shard, arguments.steps, folder)
+                expected = losses if expected is None else expected
+                difference = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+                measured = (sent - sent_before) / (arguments.steps - few)
+                predicted = bytes_per_step(model, "float32", n, shard, 8 // n)
+                print(f"| {n} | {shard} | {ms:.0f} | {measured / 1e6:.2f} | {predicted / 1e6:.2f} "
+                      f"| {difference:.1e} |", flush=True)
+                worst = max(worst, difference)
+    sys.exit(worst > 1e-4)
