@@ -30,10 +30,12 @@ qk_norm = True
 activation = "relu2"
 tie_weights = False
 smear = True
+bigram = True
 
 optimizer = "muon"
 muon_momentum = 0.9
 learning_rate = 8e-3
+embedding_lr = 4e-3
 schedule = "linear"
 cooldown_frac = 0.7
 warmup_iters = 0

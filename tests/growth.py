@@ -2,12 +2,16 @@
 
     python tests/growth.py                  # 1, 2, 4 and 8 hosts: some minutes on two cores
     python tests/growth.py --hosts=2 --steps=4
+    MALLOC_MMAP_THRESHOLD_=200000 torchrun --standalone --nproc_per_node=2 tests/growth.py --memory
 
 Each host is a network namespace with one process, on a virtual switch of this machine: that needs
-Linux, root and the command `ip`. docs/growing.md says what is compared.
+Linux, root and the command `ip`. The third prints the peak memory of a process in sharded training
+beside the plan's; the variable makes the C library return freed memory at once.
+docs/growing.md has the results.
 """
 
 import argparse
+import gc
 import os
 import re
 import subprocess
@@ -18,16 +22,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
+import torch
 from conftest import MODERN, ROOT, TINY, records
 
+from configurator import print0
 from data.encode import write_text_dataset
 from data.tokenizer import CharTokenizer
-from engine.plan import bytes_per_step
+from engine import runtime, sharding
+from engine.plan import bytes_per_step, memory_by_part, peak
 from model import GPT, GPTConfig
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--hosts", default="1,2,4,8")
 parser.add_argument("--steps", type=int, default=12)
+parser.add_argument("--memory", action="store_true")
 arguments = parser.parse_args()
 text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "train.py"))
 meta = CharTokenizer.meta_of(text)
@@ -91,7 +99,33 @@ def train(n: int, shard: bool, steps: int, folder: Path) -> tuple[list[float], f
     return [r["loss"] for r in logged], ms, sent
 
 
-if __name__ == "__main__":
+def memory() -> None:
+    """Print the peak memory of rank 0 in three steps of a model of 85M parameters."""
+    def read(name: str) -> float:
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
+
+    rt = runtime.start("cpu", "float32", False, 768, 0.0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=65, bias=False))
+    sharding.shard(model, rt)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95))
+    gc.collect()
+    n_held = sum(p.to_local().numel() for p in model.parameters())
+    without = read("VmRSS") - 4 * n_held / 1e9  # Python, torch and its libraries
+    idx = torch.zeros(1, 256, dtype=torch.long)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    for _ in range(3):
+        model(idx, idx, loss_only=True)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    predicted = peak(memory_by_part(model, 1, "float32", "adamw", rt.world_size, shard=True), False)
+    print0(f"{rt.world_size} processes: peak {read('VmHWM') - without:.2f} GB, predicted "
+           f"{predicted / 1e9:.2f}")
+    rt.cleanup(0)
+
+
+if __name__ == "__main__" and arguments.memory:
+    memory()
+elif __name__ == "__main__":
     model = GPT(GPTConfig(vocab_size=meta["vocab_size"], **SHAPE | MODERN | {"bigram": False}))
     worst = 0.0
     with tempfile.TemporaryDirectory(prefix="growth-") as temporary:
