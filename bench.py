@@ -80,7 +80,7 @@ check(globals(), "rounds is None or rounds >= 1", "json != ''", "1 <= input_mb <
       "num_samples * new_tokens <= 10**8", "0 <= seed < 2**64", "max_iters >= 1", "n_gpus >= 1",
       "gradient_accumulation_steps >= 1", "0 < mfu <= 1",
       "gpu_memory_gb is None or gpu_memory_gb > 0",
-      "usd_per_gpu_hour is None or usd_per_gpu_hour >= 0",
+      "usd_per_gpu_hour is None or usd_per_gpu_hour >= 0", "link_gb_per_s > 0",
       "not profile or mode in (None, 'train', 'all')",
       "peer != 'transformers' or mode in ('train', 'data') or new_tokens < block_size")
 check_choice("mode", str(mode), ["train", "sample", "data", "plan", "all", "None"])

@@ -89,7 +89,7 @@ class GPTConfig:
                              f"need an even head width")
         if self.bigram and self.vocab_size > 1024:
             raise ValueError(f"bigram = True needs vocab_size ** 2 embeddings, but vocab_size = "
-                             f"{self.vocab_size}: expected at most 1024")
+                             f"{self.vocab_size}: expected at most 1024, or bigram = False")
 
     def min_num_params(self) -> int:
         """Number of parameters in matrices and embeddings: a lower bound for the network."""
