@@ -350,6 +350,7 @@ def save(name: str) -> None:
     """Write a checkpoint, unless the run has diverged."""
     if not weights_are_finite():
         raise diverged(f"the weights after {iter_num} steps, or their loss, are not finite")
+    before = time.time()
     state = {"model": model.state_dict(), "optimizer": opt.state_dict()}
     if shard:
         state = sharding.whole_state(state)
@@ -360,6 +361,8 @@ def save(name: str) -> None:
             "config": config, "iter_num": iter_num, "best_val_loss": best_val_loss,
             "history": history, "meta": meta, "seconds": seconds(), "bad_steps": bad_steps,
             "command": command})
+    if time.time() - before > 1:
+        progress.print(f"{name} written in {time.time() - before:.1f} s")
 
 
 def diverged(what: str) -> RunError:

@@ -198,7 +198,7 @@ def stopped(launcher: Launcher, run: str = "stopped", *args: str,
 
 def sharded(launcher: Launcher) -> subprocess.CompletedProcess:
     """A run by two processes that share its weights, with blocks computed again."""
-    return launcher.torchrun(2, "sharded", "--shard=True", "--recompute=True")
+    return launcher.torchrun(2, "sharded", "--shard=True", "--recompute=True", "--sample_every=12")
 
 
 def sharded_stopped(launcher: Launcher) -> tuple[dict[str, subprocess.CompletedProcess], float]:
