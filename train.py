@@ -152,9 +152,10 @@ tokenizer = get_tokenizer(meta) if sample_every else None
 torch.manual_seed(seed)
 with user_errors():
     model_config = GPTConfig(**{f.name: globals()[f.name] for f in fields(GPTConfig)})
-    # In training, a gradient and a moment or more for each weight, in float32.
+    # In training, a gradient and a moment or more for each weight, in float32; sharded, at first
+    # the weights alone.
     runtime.check_memory(model_config, 0 if eval_only else batch_size * block_size, device,
-                         bytes_per_weight=(4 if eval_only else 12) / (world_size if shard else 1))
+                         bytes_per_weight=4 if eval_only or shard else 12)
     if resumed:
         model = GPT.from_checkpoint(resumed, {"dropout": dropout}, resumed["path"])
         checkpoint.check_tokenizer(checkpoint.meta_of(resumed), meta, resumed["path"], dataset)
@@ -354,6 +355,8 @@ def save(name: str) -> None:
     state = {"model": model.state_dict(), "optimizer": opt.state_dict()}
     if shard:
         state = sharding.whole_state(state)
+        if model.config.tie_weights:  # one tensor for both, which is written once
+            state["model"]["lm_head.weight"] = state["model"]["transformer.wte.weight"]
     if rt.rank == 0:
         metrics.sync()
         checkpoint.save(Path(out_dir) / name, state | {
@@ -405,7 +408,7 @@ if not eval_only:
     # backward pass, which changes the order of sums; as it is done here, a resumed run sums in the
     # order of an uninterrupted one.
     zeros = torch.zeros(batch_size, block_size, dtype=torch.long, device=rt.device)
-    if rt.device.type == "cpu":
+    if rt.device.type == "cpu" and not (shard and rt.compile):
         announce_duration(zeros)
     if rt.compile:
         progress.print("compiling, which takes about a minute")

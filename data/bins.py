@@ -40,8 +40,8 @@ def atomic_write(*paths: Path) -> Iterator[list[BinaryIO]]:
     """Binary files to write, renamed to `paths` in this order when the block ends without an error.
 
     The temporary files have names of this process alone. On any error, a full disk or Ctrl-C
-    included, they are removed and the earlier files at `paths` are unchanged. Raises UserError if
-    one cannot be written.
+    included, they are removed, and before the first is renamed the earlier files at `paths` are
+    unchanged. Raises UserError if one cannot be written.
     """
     suffix = f".{socket.gethostname()}.{os.getpid()}.tmp"
     temporary = [path.with_name(path.name + suffix) for path in paths]
@@ -74,7 +74,8 @@ def lock_folder(folder: Path, names: Iterable[str], n_bytes: int, what: str) -> 
     """
     temporary = [path for name in names for path in folder.glob(f"{name}.*tmp")]
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free + sum(path.stat().st_size for path in temporary)
+    free = shutil.disk_usage(existing).free + sum(
+        path.stat().st_size for path in temporary if path.exists())
     if n_bytes > free:
         raise UserError(f"{what} take about {n_bytes / 1e6:,.1f} MB, but the disk of {folder} has "
                         f"{free / 1e6:,.1f} MB free: make room, or choose another folder")
@@ -89,8 +90,9 @@ def lock_folder(folder: Path, names: Iterable[str], n_bytes: int, what: str) -> 
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # some network file systems
             raise
         print(f"{folder} cannot be locked ({error.strerror}): let no two processes write to it")
-    for path in temporary:
-        path.unlink(missing_ok=True)
+    else:
+        for path in temporary:
+            path.unlink(missing_ok=True)
     return lock
 
 
@@ -192,7 +194,10 @@ def open_bin(path: Path, block_size: int) -> np.memmap:
         raise UserError(f"{path} has {size // 2} tokens, but {recorded!r:.30} were recorded in "
                         f"dataset.json: it was cut short or replaced; prepare the dataset "
                         f"again, or remove dataset.json if this file is right")
-    return np.memmap(path, dtype=DTYPE, mode="r")
+    try:
+        return np.memmap(path, dtype=DTYPE, mode="r")
+    except OSError as error:  # of mmap, which names no file
+        raise UserError(f"cannot map {path} into memory: {error.strerror}") from None
 
 
 def check_vocabulary(tokens: np.memmap, vocab_size: int) -> None:

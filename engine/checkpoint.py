@@ -20,6 +20,7 @@ import torch
 from configurator import RENAMED, UserError, check_choice, fit_types, nearest, print0, user_errors
 from data.bins import atomic_write, dataset_folder
 from data.tokenizer import check_meta, describe_tokenizer, load_meta, same_tokenizer
+from engine.distributed import is_dtensor
 from engine.runtime import choose_device, choose_dtype
 from model import GPT, HF_REPOSITORIES, GPTConfig, is_plain_float, read_file
 
@@ -183,7 +184,8 @@ def check_shape(overrides: dict, config: GPTConfig, source: object,
     for name, value in asdict(config).items():
         if name not in except_for and overrides.get(name, value) != value:
             raise UserError(f"{name} = {overrides[name]!r}, but the model of {source} has "
-                            f"{value!r}: leave it out, or start a new run with --init_from=scratch")
+                            f"{value!r}: leave it out, or start a new run with --init_from="
+                            f"{source if name == 'block_size' else 'scratch'}")
 
 
 # ---------------------------------------------------------------------------------- resuming
@@ -254,7 +256,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
                 if not 0 <= step < math.inf:
                     raise ValueError(f"step of {name} is {step}")
                 state[i] = state[i] | {"step": step}
-                if hasattr(p, "full_tensor"):
+                if is_dtensor(p):
                     from engine.sharding import part_of
                     state[i] |= {key: part_of(state[i][key], p) for key in keys}
         optimizer.load_state_dict(

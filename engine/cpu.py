@@ -24,7 +24,8 @@ HAS_BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "
 
 
 def accelerate(model: GPT) -> None:
-    """Replace the parts of a model, in place, by those that train faster. Parameters stay."""
+    """Replace the parts of a model, in place, by those that train faster. Parameters stay. Also
+    makes torch.optim start faster, in the whole process."""
     for module in model.modules():
         for part in (Dropout, Attention):
             if type(module) is part.__base__:
@@ -39,7 +40,7 @@ def skip_dynamo_import() -> None:
         function = getattr(getattr(torch.optim.Optimizer, method), "__wrapped__", None)
         if function:  # torch._disable_dynamo looks here for the function to call
             function.__dynamo_disable = function
-    step = getattr(torch.optim.Adam.step, "__wrapped__", None)  # it enables gradients, or not
+    step = getattr(torch.optim.Adam.step, "__wrapped__", None)  # without `differentiable`
     if step:
         torch.optim.Adam.step = torch.no_grad()(step)
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
 from configurator import RunError, UserError
@@ -83,6 +84,11 @@ def restart_safe_store(store: "dist.Store", rank: int, world_size: int, timeout:
             return dist.PrefixStore(prefix, store)
         time.sleep(0.05)
     raise RuntimeError(f"rank 0 did not answer within {timeout.total_seconds():g} s")
+
+
+def is_dtensor(x: torch.Tensor) -> bool:
+    """Whether a tensor is sharded, without importing torch.distributed.tensor for a second."""
+    return hasattr(x, "full_tensor")
 
 
 def hard_exit(status: int) -> NoReturn:

@@ -8,6 +8,7 @@ other parameters is part of the same optimizer, so that a run has one optimizer 
 import torch
 import torch.distributed as dist
 
+from engine.distributed import is_dtensor
 from model import GPT
 
 NS_STEPS = 5
@@ -26,10 +27,9 @@ class Muon(torch.optim.AdamW):
         """One step. The gradients of Muon's parameters are freed."""
         params = [(p, group) for group in self.param_groups if "momentum" in group
                   for p in group["params"] if p.grad is not None]
-        # Of sharded parameters (DTensors), only as many updates are whole at a time as there are
-        # processes to share them.
-        is_sharded = any(hasattr(p, "full_tensor") for p, _ in params)
-        n = dist.get_world_size() if is_sharded else max(1, len(params))
+        # Of sharded parameters, only a few updates are whole at a time.
+        is_sharded = any(is_dtensor(p) for p, _ in params)
+        n = min(dist.get_world_size(), 8) if is_sharded else max(1, len(params))
         for i in range(0, len(params), n):
             self._muon_step(params[i:i + n])
         super().step()
@@ -43,7 +43,7 @@ class Muon(torch.optim.AdamW):
             state["step"] += 1
             state["momentum"].lerp_(p.grad, 1 - group["momentum"])
             update = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov momentum
-            update = update.full_tensor() if hasattr(update, "full_tensor") else update
+            update = update.full_tensor() if is_dtensor(update) else update
             updates.append(update)
             p.grad = None  # so that AdamW skips p
             for matrix in update.chunk(group["n_splits"]):
@@ -56,7 +56,7 @@ class Muon(torch.optim.AdamW):
         for (p, group), update in zip(params, updates, strict=True):
             rows, columns = p.shape
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            if hasattr(p, "full_tensor"):
+            if is_dtensor(p):
                 from engine.sharding import part_of
                 update = part_of(update, p)
             p.sub_(update, alpha=group["lr"] * max(1, rows / group["n_splits"] / columns) ** 0.5)

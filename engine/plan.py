@@ -94,6 +94,9 @@ def plan(model: GPT, gpu: str, n_gpus: int, memory_gb: float | None, dtype: str 
     dtype = dtype or next(name for name in DTYPES if peaks[name])
     if not peaks[check_choice("dtype", dtype, DTYPES)]:
         raise UserError(f"dtype = {dtype!r}: a {gpu} does not have it, choose another dtype")
+    shard = shard and n_gpus > 1
+    if shard and dtype == "float16":
+        raise UserError("shard = True and dtype = 'float16': use --dtype=bfloat16 or float32")
     if gradient_accumulation_steps % n_gpus:
         raise UserError(f"gradient_accumulation_steps = {gradient_accumulation_steps} is not "
                         f"divisible by {n_gpus} GPUs: choose a multiple of {n_gpus}")

@@ -156,6 +156,7 @@ def test_random_offsets_depend_on_the_key_alone():
         assert random_offsets(10_000, 8, 16, key).tolist() != first
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 50), st.integers(0, 2**63))
 def test_each_pass_of_epoch_offsets_visits_each_whole_block_once(n_blocks, block_size, seed):
     n_tokens = n_blocks * block_size + 1 + seed % block_size
@@ -167,6 +168,7 @@ def test_each_pass_of_epoch_offsets_visits_each_whole_block_once(n_blocks, block
         assert len({tuple(offsets) for offsets in passes} | {tuple(sorted(passes[0]))}) == 4
 
 
+@settings(deadline=None)
 @given(st.integers(0, 500), st.integers(1, 100))
 def test_epoch_offsets_are_one_endless_sequence_whatever_part_is_asked_for(first, count):
     whole = bins.epoch_offsets(1000, 7, 0, 600, (0, 1))

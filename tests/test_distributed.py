@@ -325,6 +325,12 @@ def test_any_number_of_processes_trains_and_evaluates_alike_also_when_it_changes
             assert record[key] == pytest.approx(other[key], rel=tolerance), (record["iter"], key)
 
 
+def test_a_sharded_checkpoint_of_tied_weights_holds_them_once(launcher):
+    launcher.torchrun(2, "tied", "--shard=True", "--tie_weights=True", "--max_iters=1")
+    state = load(launcher.folder / "tied" / "ckpt.pt")["model"]
+    assert state["lm_head.weight"].data_ptr() == state["transformer.wte.weight"].data_ptr()
+
+
 def test_gradients_are_sent_once_a_step_at_the_last_micro_step(scenarios, launcher):
     scenarios["changing"].result()
     for rank, last in ((0, 3), (1, 4), (2, 5)):

@@ -58,7 +58,7 @@ if __name__ == "__main__":  # worker processes import this file, too
         if n_documents < REPOSITORY_DOCUMENTS:
             raise UserError(f"the hub has {n_documents:,} of {REPOSITORY_DOCUMENTS:,} documents "
                             f"of {REPOSITORY}: get all files, and give them with --input=")
-        n_bytes = split.num_bytes if split else REPOSITORY_BYTES
+        n_bytes = (split and split.num_bytes) or REPOSITORY_BYTES
         documents = sources.hub_documents(rows)
     held_out = choose_held_out(n_documents, val_fraction, seed)
     print(f"encoding {n_documents:,} documents")

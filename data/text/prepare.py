@@ -110,7 +110,7 @@ if __name__ == "__main__":  # worker processes import this file, too
     else:
         config, block_size = ("train_text_cpu", 128) if n_train < 1e7 else ("train_text", 1024)
     changes = f" --block_size={n_val - 1}" if n_val <= block_size else ""
-    if kind == "char" and meta["vocab_size"] > 200:  # its table would be larger than the model
+    if kind == "char" and meta["vocab_size"] > 200:  # its table is five times the model
         changes += " --bigram=False"
     print(f"next: python train.py config/{config}.py --dataset={name} "
           f"--out_dir=out-{name}{changes}")
