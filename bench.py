@@ -63,7 +63,7 @@ gpu_memory_gb: float | None = None  # None: what such a GPU has
 mfu = 0.3  # fraction of the GPU's peak that the run will reach
 usd_per_gpu_hour: float | None = None
 link_gb_per_s = 50.0  # gigabytes that a GPU sends per second; 50: InfiniBand at 400 Gbit/s
-shard = False  # weights, gradients and optimizer are shared out, as by train.py --shard=True
+shard = False  # divide weights, gradients and optimizer state, as train.py --shard=True does
 # machine
 seed = 1337
 device: str | None = None  # cpu | cuda | cuda:1 | mps; None: choose

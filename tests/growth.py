@@ -6,7 +6,7 @@
 
 Each host is a network namespace with one process, on a virtual switch of this machine: that needs
 Linux, root and the command `ip`. The third prints the peak memory of a process in sharded training
-beside the plan's; the variable makes the C library return freed memory at once.
+and what the plan predicts; the variable makes the C library return freed memory at once.
 docs/growing.md has the results.
 """
 

@@ -185,7 +185,6 @@ def test_a_permutation_puts_each_number_anywhere_with_equal_probability():
     assert chi_squared < (n - 1)**2 + 6 * (2 * (n - 1)**2)**0.5
 
 
-
 # ----------------------------------------------------------------------------------- atomic writing
 
 def test_two_processes_that_write_the_same_file_each_write_a_whole_one(tmp_path):
