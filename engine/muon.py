@@ -35,6 +35,7 @@ class Muon(torch.optim.AdamW):
         super().step()
 
     def _muon_step(self, params: list[tuple[torch.nn.Parameter, dict]]) -> None:
+        """Muon's step for parameters, each with its group."""
         updates, batches = [], {}  # matrices of the updates by shape and dtype
         for p, group in params:
             state = self.state[p]
