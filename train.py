@@ -105,11 +105,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from data import bins
 from data.tokenizer import dataset_record, get_tokenizer, load_meta
 from engine import checkpoint, cpu, runtime
+from engine.distributed import whole
 from engine.metrics import Metrics, Stopwatch, check_loggers
 from engine.muon import configure_muon
 from engine.out_dir import prepare_out_dir
@@ -182,12 +182,7 @@ micro_steps = range(rt.rank, gradient_accumulation_steps, rt.world_size)  # of t
 model.recompute = recompute
 if rt.device.type == "cpu":
     cpu.accelerate(model)
-shard = shard and rt.world_size > 1
-if shard:
-    from engine import sharding
-    net = sharding.shard(model, rt)
-else:
-    net = rt.compiled(model.to(rt.device))  # the same parameters, in compiled code
+net = rt.parallel(model, shard)  # the same parameters; compiled, and for many processes
 
 # -------------------------------------------------------------------------------------- optimizer
 
@@ -230,9 +225,6 @@ def lr_at(i: int) -> float:
     return min_lr + (learning_rate - min_lr) * fraction
 
 
-ddp = DistributedDataParallel(net) if rt.world_size > 1 and not shard else None
-
-
 def load_batch(tokens: np.memmap, offsets: np.ndarray) -> list[torch.Tensor]:
     """Inputs and targets at the offsets, (B,), each (B, T) int64."""
     return rt.to_device(*bins.get_batch(tokens, offsets, block_size, vocab_size))
@@ -257,11 +249,9 @@ def train_batches(i: int) -> Iterator[list[torch.Tensor]]:
 def forward_backward(x: torch.Tensor, y: torch.Tensor, sync: bool) -> torch.Tensor:
     """Add the gradients of a micro-batch; with sync, average them over the processes. Returns its
     loss."""
-    if shard:
-        model.set_requires_gradient_sync(sync)
-    with ddp.no_sync() if ddp and not sync else nullcontext():
+    with nullcontext() if sync or rt.world_size == 1 else net.no_sync():
         with rt.autocast():
-            loss = (ddp or net)(x, y, loss_only=True)[1]
+            loss = net(x, y, loss_only=True)[1]
         stopwatch.lap("forward_ms")
         scaler.scale(loss / len(micro_steps)).backward()
         stopwatch.lap("backward_ms")
@@ -334,9 +324,7 @@ def weights_are_finite() -> bool:
     with rt.autocast():
         loss = net(*load_batch(val_tokens, val_offsets[:batch_size]))[1]
     model.train()
-    finite = [t.isfinite().all() for t in (loss, *model.parameters())]
-    if shard:
-        finite = [sharding.whole(t) for t in finite]
+    finite = [whole(t.isfinite().all()) for t in (loss, *model.parameters())]
     return bool(torch.stack(finite).all())
 
 
@@ -347,25 +335,20 @@ def seconds() -> float:
 
 # ------------------------------------------------------------------------------------- checkpoints
 
-def save(name: str) -> None:
-    """Write a checkpoint, unless the run has diverged."""
+def save(*names: str) -> None:
+    """Write a checkpoint under these names, unless the run has diverged."""
     if not weights_are_finite():
         raise diverged(f"the weights after {iter_num} steps, or their loss, are not finite")
     before = time.time()
-    state = {"model": model.state_dict(), "optimizer": opt.state_dict()}
-    if shard:
-        state = sharding.whole_state(state)
-        if model.config.tie_weights:  # one tensor for both, which is written once
-            state["model"]["lm_head.weight"] = state["model"]["transformer.wte.weight"]
     if rt.rank == 0:
         metrics.sync()
-        checkpoint.save(Path(out_dir) / name, state | {
-            "scaler": scaler.state_dict(), "model_args": model.config.to_model_args(),
-            "config": config, "iter_num": iter_num, "best_val_loss": best_val_loss,
-            "history": history, "meta": meta, "seconds": seconds(), "bad_steps": bad_steps,
-            "command": command})
+    saver.save([Path(out_dir) / name for name in names], model, opt, {
+        "scaler": scaler.state_dict(), "model_args": model.config.to_model_args(),
+        "config": config, "iter_num": iter_num, "best_val_loss": best_val_loss,
+        "history": history, "meta": meta, "seconds": seconds(), "bad_steps": bad_steps,
+        "command": command})
     if time.time() - before > 1:
-        progress.print(f"{name} written in {time.time() - before:.1f} s")
+        progress.print(f"training paused for {time.time() - before:.1f} s to save")
 
 
 def diverged(what: str) -> RunError:
@@ -400,6 +383,7 @@ print0(f"{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tok
        f"{len(train_tokens):,} training tokens, {len(val_tokens):,} validation tokens")
 stopwatch, progress = Stopwatch(rt), Progress(rt, iter_num, max_iters)
 stop_signals = runtime.StopSignals(rt)
+saver = checkpoint.Saver()
 batches = bins.prefetch(train_batches(iter_num))
 model.train()
 if not eval_only:
@@ -408,7 +392,7 @@ if not eval_only:
     # backward pass, which changes the order of sums; as it is done here, a resumed run sums in the
     # order of an uninterrupted one.
     zeros = torch.zeros(batch_size, block_size, dtype=torch.long, device=rt.device)
-    if rt.device.type == "cpu" and not (shard and rt.compile):
+    if rt.device.type == "cpu" and rt.world_size == 1:
         announce_duration(zeros)
     if rt.compile:
         progress.print("compiling, which takes about a minute")
@@ -437,6 +421,7 @@ while True:
     stop = stop_signals.any_rank_signaled()  # the signal's number, or 0
     due = iter_num == max_iters or (eval_interval and iter_num % eval_interval == 0)
     evaluated = any(record["iter"] == iter_num for record in history)
+    names = []  # of the checkpoints to write
     if not stop and (eval_only or (due and not evaluated)):
         record = evaluate()
         if record is None:  # interrupted: stop in the next pass
@@ -449,13 +434,14 @@ while True:
         history.append(record)
         if record["val_loss"] < best_val_loss:
             best_val_loss = record["val_loss"]
-            if iter_num > 0:
-                save(checkpoint.BEST)
-        if always_save_checkpoint and iter_num > 0:
-            save(checkpoint.LATEST)
-            saved_iter = iter_num
-    if keep_every and iter_num > 0 and iter_num % keep_every == 0 and not stop:
-        save(checkpoint.numbered_name(iter_num))
+            names.append(checkpoint.BEST)
+        if always_save_checkpoint:
+            names.append(checkpoint.LATEST)
+    if keep_every and iter_num % keep_every == 0 and not stop:
+        names.append(checkpoint.numbered_name(iter_num))
+    if names and iter_num > 0:
+        save(*names)
+        saved_iter = iter_num if checkpoint.LATEST in names else saved_iter
     if sample_every and iter_num > 0 and iter_num % sample_every == 0 and not stop:
         metrics.sample(iter_num, write_sample())
     if iter_num >= max_iters or stop:
@@ -479,9 +465,7 @@ while True:
 
     # clip and step; a step whose loss or gradient is not finite is skipped, in all processes alike
     scaler.unscale_(opt)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    if shard:
-        grad_norm = sharding.whole(grad_norm)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
     loss = rt.all_reduce(loss_sum) / gradient_accumulation_steps
     loss, grad_norm = torch.stack([loss, grad_norm]).tolist()  # waits for the device
     if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -513,6 +497,7 @@ while True:
 
 if not eval_only and saved_iter != iter_num:
     save(checkpoint.LATEST)
+saver.wait()
 stop_signals.any_rank_signaled()  # as a barrier: torchrun ends rank 0 if another leaves early
 metrics.close()
 folder_arg = shlex.quote(f"--out_dir={out_dir}")

@@ -12,15 +12,18 @@ import copy
 import fnmatch
 import math
 import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from configurator import RENAMED, UserError, check_choice, fit_types, nearest, print0, user_errors
 from data.bins import atomic_write, dataset_folder
 from data.tokenizer import check_meta, describe_tokenizer, load_meta, same_tokenizer
-from engine.distributed import is_dtensor
+from engine.distributed import dist_info, is_sharded, part_of, whole
 from engine.runtime import choose_device, choose_dtype
 from model import GPT, HF_REPOSITORIES, GPTConfig, is_plain_float, read_file
 
@@ -48,6 +51,59 @@ def save(path: Path, contents: dict) -> None:
             torch.save(contents, file)
         except RuntimeError as error:  # torch raises it on top of the disk's error
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+class Saver:
+    """Writes the checkpoints of a run: beside training, in a thread and from a copy in host memory,
+    once a write takes more than 5 % of the time between two."""
+
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(1)
+        self.written: Future | None = None
+        self.last_save = time.monotonic()
+        self.write_s = 0.0  # of the last checkpoint
+
+    def save(self, paths: list[Path], model: torch.nn.Module,
+             optimizer: torch.optim.Optimizer, others: dict) -> None:
+        """Write a checkpoint of the model, the optimizer and `others` to each path. Collective.
+
+        Sharded tensors are gathered on rank 0, which writes. Raises UserError if the disk refuses,
+        also if it has refused the checkpoint before this one.
+        """
+        self.wait()
+        beside = self.write_s > 0.05 * (time.monotonic() - self.last_save)
+        self.last_save = time.monotonic()
+        rank, _ = dist_info()
+
+        def as_written(x: object) -> object:
+            if not isinstance(x, torch.Tensor):
+                return x
+            tensor = whole(x)  # one at a time
+            if rank != 0:
+                return None
+            return tensor.to("cpu", copy=beside) if beside or is_sharded(x) else tensor
+
+        contents = tree_map(as_written, {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), **others})
+        if rank == 0:
+            if model.config.tie_weights:  # one tensor for both, which is written once
+                contents["model"]["lm_head.weight"] = contents["model"]["transformer.wte.weight"]
+            if beside:
+                self.written = self.pool.submit(self._write, paths, contents)
+            else:
+                self._write(paths, contents)
+
+    def _write(self, paths: list[Path], contents: dict) -> None:
+        before = time.monotonic()
+        for path in paths:
+            save(path, contents)
+        self.write_s = time.monotonic() - before
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written. Raises UserError if the disk has refused it."""
+        if self.written:
+            self.written.result()
+            self.written = None
 
 
 def load(path: Path, mmap: bool = False) -> dict:
@@ -126,7 +182,8 @@ def load_to_resume(out_dir: str, init_from: str) -> dict | None:
     if path is None and init_from == "resume":
         raise UserError(f"nothing to resume: {out_dir} has neither {LATEST} nor {BEST}; use "
                         f"--init_from=auto to start in that case")
-    return load(path) if path else None
+    # One process reads and checks the file; of the others, each maps it and reads what it keeps.
+    return load(path, mmap=dist_info()[0] > 0) if path else None
 
 
 def path_to_sample(out_dir: str) -> Path:
@@ -230,6 +287,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
     Raises UserError if the state is of another model or optimizer.
     """
     saved, path = contents.get("optimizer"), contents["path"]
+    rank, _ = dist_info()
     new_run = f"start a new run from its weights with --init_from={path}"
     if saved is None:
         raise UserError(f"{path} has no optimizer state to resume with: {new_run}")
@@ -245,20 +303,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
         state = {}
         for i, (name, p, keys) in enumerate(params):
             if saved_id[name] in saved["state"]:
-                state[i] = saved["state"][saved_id[name]]
+                state[i] = saved["state"].pop(saved_id[name])
                 for key in keys:
                     t = state[i][key]
-                    if not is_plain_float(t) or t.shape != p.shape or not t.isfinite().all():
+                    if not is_plain_float(t) or t.shape != p.shape or (
+                            rank == 0 and not t.isfinite().all()):
                         raise ValueError(f"{key} of {name} is not a tensor of finite numbers of "
                                          f"shape {tuple(p.shape)}")
+                    state[i][key] = part_of(t, p).clone()  # not a view of the file
                 # A number before torch 1.12; in torch 2.0, of shape (1,).
                 step = torch.tensor(float(state[i]["step"]))
                 if not 0 <= step < math.inf:
                     raise ValueError(f"step of {name} is {step}")
-                state[i] = state[i] | {"step": step}
-                if is_dtensor(p):
-                    from engine.sharding import part_of
-                    state[i] |= {key: part_of(state[i][key], p) for key in keys}
+                state[i]["step"] = step
         optimizer.load_state_dict(
             {"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if contents.get("scaler"):

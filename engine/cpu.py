@@ -1,7 +1,7 @@
 """Faster parts for a CPU, each equal to the part of model.py that it replaces (dropout rounds p and
 draws other random numbers; in sampling, weights may be rounded to bfloat16).
 
-A part stays here while it gains 10 % on a row of the benchmark; docs/benchmarks.md has the gains.
+A part stays here while it gains 10 % on a row of the benchmark; docs/speed.md has the gains.
 """
 
 import ctypes

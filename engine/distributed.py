@@ -86,9 +86,22 @@ def restart_safe_store(store: "dist.Store", rank: int, world_size: int, timeout:
     raise RuntimeError(f"rank 0 did not answer within {timeout.total_seconds():g} s")
 
 
-def is_dtensor(x: torch.Tensor) -> bool:
-    """Whether a tensor is sharded, without importing torch.distributed.tensor for a second."""
+def is_sharded(x: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor, without importing torch.distributed.tensor for a second."""
     return hasattr(x, "full_tensor")
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of a sharded one, on its device; a plain one as it is. Collective."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
+def part_of(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that all have whole, if `like` is sharded; else x."""
+    if not is_sharded(like):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def hard_exit(status: int) -> NoReturn:

@@ -8,7 +8,7 @@ other parameters is part of the same optimizer, so that a run has one optimizer 
 import torch
 import torch.distributed as dist
 
-from engine.distributed import is_dtensor
+from engine.distributed import is_sharded, part_of, whole
 from model import GPT
 
 NS_STEPS = 5
@@ -28,8 +28,8 @@ class Muon(torch.optim.AdamW):
         params = [(p, group) for group in self.param_groups if "momentum" in group
                   for p in group["params"] if p.grad is not None]
         # Of sharded parameters, only a few updates are whole at a time.
-        is_sharded = any(is_dtensor(p) for p, _ in params)
-        n = min(dist.get_world_size(), 8) if is_sharded else max(1, len(params))
+        sharded = any(is_sharded(p) for p, _ in params)
+        n = min(dist.get_world_size(), 8) if sharded else max(1, len(params))
         for i in range(0, len(params), n):
             self._muon_step(params[i:i + n])
         super().step()
@@ -43,8 +43,7 @@ class Muon(torch.optim.AdamW):
                 state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
             state["step"] += 1
             state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov momentum
-            update = update.full_tensor() if is_dtensor(update) else update
+            update = whole(p.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov momentum
             updates.append(update)
             p.grad = None  # so that AdamW skips p
             for matrix in update.chunk(group["n_splits"]):
@@ -57,10 +56,8 @@ class Muon(torch.optim.AdamW):
         for (p, group), update in zip(params, updates, strict=True):
             rows, columns = p.shape
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            if is_dtensor(p):
-                from engine.sharding import part_of
-                update = part_of(update, p)
-            p.sub_(update, alpha=group["lr"] * max(1, rows / group["n_splits"] / columns) ** 0.5)
+            p.sub_(part_of(update, p),
+                   alpha=group["lr"] * max(1, rows / group["n_splits"] / columns) ** 0.5)
 
 
 def newton_schulz_sharded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -21,6 +21,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError, check_choice, print0
 from engine.distributed import dist_info, hard_exit, init_distributed
@@ -91,6 +92,16 @@ class Runtime:
         # On a CPU, the compiler's own random number generator is slower than torch's.
         options = {"fallback_random": self.device.type == "cpu"}
         return torch.compile(model, options=options) if self.compile else model
+
+    def parallel(self, model: torch.nn.Module, shard: bool) -> torch.nn.Module:
+        """The same parameters on the device, in a module that averages gradients over the processes
+        (but not in its no_sync()), compiled if compilation is on; with shard, they are sharded."""
+        if self.world_size == 1:
+            return self.compiled(model.to(self.device))
+        if shard:
+            from engine import sharding  # which takes a second to import
+            return sharding.shard(model, self)
+        return DistributedDataParallel(self.compiled(model.to(self.device)))
 
     def peak_flops(self) -> float | None:
         """Peak FLOP/s of the device in `dtype`; None if it is not in PEAK_TFLOPS."""
@@ -198,7 +209,7 @@ def choose_device(device: str | None) -> torch.device:
 
 def choose_dtype(dtype: str | None, device: torch.device, n_embd: int) -> str:
     """The given precision, or bfloat16 where the hardware multiplies it; on a CPU only for models
-    so wide that they gain more than they lose to casts (docs/benchmarks.md has the widths)."""
+    so wide that they gain more than they lose to casts (docs/speed.md has the widths)."""
     cuda = device.type == "cuda"
     cpu = torch.cpu.get_capabilities()
     min_width = 256 if cpu.get("amx_bf16") else 128 if cpu.get("avx512_bf16") else math.inf

@@ -2,28 +2,34 @@
 
     python tests/growth.py                  # 1, 2, 4 and 8 hosts: some minutes on two cores
     python tests/growth.py --hosts=2 --steps=4
+    python tests/growth.py --kill_every=20 --steps=200   # seconds between kills
     MALLOC_MMAP_THRESHOLD_=200000 torchrun --standalone --nproc_per_node=2 tests/growth.py --memory
 
 Each host is a network namespace with one process, on a virtual switch of this machine: that needs
-Linux, root and the command `ip`. The third prints the peak memory of a process in sharded training
-and what the plan predicts; the variable makes the C library return freed memory at once.
+Linux, root and the command `ip`. With --kill_every, a process of each sharded run is killed now
+and then, and torchrun restarts it; exits 1 if the run ends with other bits than an undisturbed one.
+The last prints the peak memory of a process in sharded training and what the plan predicts; the
+variable makes the C library return freed memory at once.
 docs/growing.md has the results.
 """
 
 import argparse
 import gc
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 
 import torch
-from conftest import MODERN, ROOT, TINY, records
+from conftest import MODERN, ROOT, TINY, differences, records
 
 from configurator import print0
 from data.encode import write_text_dataset
@@ -35,6 +41,7 @@ from model import GPT, GPTConfig
 parser = argparse.ArgumentParser()
 parser.add_argument("--hosts", default="1,2,4,8")
 parser.add_argument("--steps", type=int, default=12)
+parser.add_argument("--kill_every", type=float, default=0)
 parser.add_argument("--memory", action="store_true")
 arguments = parser.parse_args()
 text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "train.py"))
@@ -99,6 +106,37 @@ def train(n: int, shard: bool, steps: int, folder: Path) -> tuple[list[float], f
     return [r["loss"] for r in logged], ms, sent
 
 
+def train_under_torchrun(n: int, steps: int, folder: Path, kill_every: float) -> tuple[Path, int]:
+    """A sharded run of which a random process is killed every kill_every seconds (0: never).
+
+    Returns its folder, and the number of kills.
+    """
+    out_dir, n_kills = folder / f"{n}-{kill_every}", 0
+    with network(n) as names:
+        jobs = [subprocess.Popen(
+            ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run",
+             f"--nnodes={n}", "--nproc_per_node=1", "--max-restarts=1000", "--rdzv-backend=c10d",
+             "--rdzv-endpoint=10.0.0.1:29500", f"--local-addr=10.0.0.{i + 1}",
+             f"--rdzv-conf=is_host={i == 0}", ROOT / "train.py", *SETTINGS, "--shard=True",
+             "--eval_iters=1", "--eval_interval=5", "--init_from=auto", f"--max_iters={steps}",
+             f"--dataset={folder / 'dataset'}", f"--out_dir={out_dir}"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"})
+                for i, name in enumerate(names)]
+        while any(job.poll() is None for job in jobs):
+            time.sleep(kill_every or 1)
+            pids = subprocess.run(["ip", "netns", "pids", random.choice(names)],
+                                  capture_output=True, text=True).stdout.split()
+            for pid in pids if kill_every else []:
+                with suppress(OSError):  # it has ended
+                    if "distributed.run" not in Path(f"/proc/{pid}/cmdline").read_text():
+                        os.kill(int(pid), signal.SIGKILL)
+                        n_kills += 1
+        if any(job.returncode for job in jobs):
+            sys.exit(f"{n} hosts, kill_every={kill_every}: torchrun gave up")
+    return out_dir, n_kills
+
+
 def memory() -> None:
     """Print the peak memory of rank 0 in three steps of a model of 85M parameters."""
     def read(name: str) -> float:
@@ -131,6 +169,14 @@ elif __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="growth-") as temporary:
         folder = Path(temporary)
         write_text_dataset(folder / "dataset", text, meta)
+        for n in map(int, arguments.hosts.split(",") if arguments.kill_every else []):
+            expected, _ = train_under_torchrun(n, arguments.steps, folder, 0)
+            killed, kills = train_under_torchrun(n, arguments.steps, folder, arguments.kill_every)
+            found = differences(killed, expected)
+            print(f"{n} hosts: {kills} kills in {arguments.steps} steps, {len(found)} differences")
+            worst += len(found)
+        if arguments.kill_every:
+            sys.exit(worst > 0)
         print("| hosts | shard | ms a step | MB sent a step | predicted | losses differ by |")
         print("|---|---|---|---|---|---|")
         expected, few = None, max(2, arguments.steps // 3)

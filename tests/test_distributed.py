@@ -170,9 +170,9 @@ if rank == 1 and step == 3:
 if rank == 0 and step == 7:
     send_and_wait(os.killpg, os.getpgid(torchrun), signal.SIGINT)
 """),
-    "SIGTERM of one process, a kill": (1, """
+    "SIGHUP of one process, a kill": (1, """
 if rank == 1 and step == 11 and restarts == 0:
-    send_and_wait(os.kill, os.getpid(), signal.SIGTERM)
+    send_and_wait(os.kill, os.getpid(), signal.SIGHUP)
 if rank == 1 and step == 18:
     log("killed", time.time())
     os.kill(os.getpid(), signal.SIGKILL)
@@ -364,16 +364,17 @@ def test_a_signal_to_torchrun_ends_all_processes_after_the_same_step(name, scena
         assert errors(done) == []
 
 
-def test_a_signal_to_one_process_ends_all_with_its_status_and_a_restart_resumes(scenarios):
-    done, _ = scenarios["stopped"].result()[0]["SIGTERM of one process, a kill"]
-    assert "stopped by signal 15 after 11 steps" in done.stdout
-    assert re.search(r"failed \(exitcode: 143\)", done.stderr)
+@pytest.mark.parametrize("name", ["stopped", "sharded_stopped"])
+def test_a_signal_to_one_process_ends_all_with_its_status_and_a_restart_resumes(name, scenarios):
+    done, _ = scenarios[name].result()[0]["SIGHUP of one process, a kill"]
+    assert "stopped by signal 1 after 11 steps" in done.stdout
+    assert re.search(r"failed \(exitcode: 129\)", done.stderr)
     assert logged_steps(done).count(11) == 1
 
 
 def test_a_dead_process_ends_the_job_within_60_s_and_the_others_report_it_in_a_sentence(scenarios):
     starts, outlived_s = scenarios["stopped"].result()
-    done, n_steps = starts["SIGTERM of one process, a kill"]
+    done, n_steps = starts["SIGHUP of one process, a kill"]
     assert outlived_s < 60 and n_steps == 16
     error, = errors(done)
     assert error.startswith("error: another process is gone or silent")
