@@ -25,9 +25,8 @@ n_embd = 320
 
 positions = "rotary"
 qk_norm = True
-smear = True
+bigram = True
 activation = "relu2"
-tie_weights = False
 
 optimizer = "muon"
 learning_rate = 4e-3

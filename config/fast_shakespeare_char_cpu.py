@@ -27,10 +27,8 @@ n_embd = 176
 
 positions = "rotary"
 qk_norm = True
-smear = True
 bigram = True
 activation = "relu2"
-tie_weights = False
 
 optimizer = "muon"
 muon_lr = 0.025
@@ -40,8 +38,8 @@ embedding_lr = 6e-3
 schedule = "linear"
 cooldown_frac = 0.7
 warmup_iters = 0
-max_iters = 95
-lr_decay_iters = 95
+max_iters = 100
+lr_decay_iters = 100
 min_lr = 0.0
 beta2 = 0.95
 

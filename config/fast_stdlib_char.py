@@ -29,8 +29,6 @@ n_embd = 192
 positions = "rotary"
 qk_norm = True
 activation = "relu2"
-tie_weights = False
-smear = True
 bigram = True
 
 optimizer = "muon"

@@ -92,7 +92,7 @@ def test_a_dataset_and_a_config_of_train_are_used_and_the_modern_recipe_has_a_pe
     low, middle, high = (figures["train"][f"times_as_long{s}"] for s in ("_min", "", "_max"))
     assert 0 < low <= middle <= high
     vocab_size = len(set("to be or not to be that is the question whether"))
-    n = 12 * 176**2 + (vocab_size + 3 + 1) * 176  # of a block, lm_head, norms, smear
+    n = 12 * 176**2 + (vocab_size + 3) * 176  # of a block, embeddings, norms
     assert figures["train"]["parameters"] == n
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]  # no trace
 
