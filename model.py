@@ -67,17 +67,16 @@ class GPTConfig:
     tie_weights: bool = True  # lm_head shares its weight with wte
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 2**31:
-                raise ValueError(f"{name} = {value!r:.50}: expected a whole number, at least 1 and "
-                                 f"below 2**31")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and (type(value) is not int or not 1 <= value < 2**31):
+                raise ValueError(f"{f.name} = {value!r:.50}: expected a whole number, at least 1 "
+                                 f"and below 2**31")
+            if f.type is bool and type(value) not in (bool, int):
+                raise ValueError(f"{f.name} = {value!r:.50}: expected True or False")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not divisible by n_head = {self.n_head}: "
                              f"choose a multiple of {self.n_head}")
-        for name in ("bias", "qk_norm", "smear", "bigram", "tie_weights"):
-            if type(getattr(self, name)) not in (bool, int):
-                raise ValueError(f"{name} = {getattr(self, name)!r:.50}: expected True or False")
         if type(self.dropout) not in (float, int) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout}: expected 0 <= dropout < 1")
         for name, choices in (("activation", ACTIVATIONS), ("positions", POSITIONS)):
@@ -249,12 +248,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor,
-                rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-                attn_mask: torch.Tensor | None = None,
-                kv_cache: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """x: (B, T, C); the others as in CausalSelfAttention.forward."""
-        x = x + self.attn(self.ln_1(x), positions, rotary, attn_mask, kv_cache)
+    def forward(self, x: torch.Tensor, *args: object) -> torch.Tensor:
+        """x: (B, T, C); args: as CausalSelfAttention.forward takes them after x."""
+        x = x + self.attn(self.ln_1(x), *args)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -504,12 +500,9 @@ class GPT(nn.Module):
         """Number of parameters; by default without embeddings that are only looked up: wpe, those
         of pairs, and wte where lm_head has a weight of its own."""
         n = sum(p.numel() for p in self.parameters())
-        if non_embedding and self.config.bigram:
-            n -= self.transformer.wte.bigram.weight.numel()
-        if non_embedding and self.config.positions == "learned":
-            n -= self.transformer.wpe.weight.numel()
-        if non_embedding and not self.config.tie_weights:
-            n -= self.transformer.wte.weight.numel()
+        if non_embedding:
+            n -= sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Embedding)
+                     and m.weight is not self.lm_head.weight)
         return n
 
     def crop_block_size(self, block_size: int) -> None:
@@ -519,9 +512,8 @@ class GPT(nn.Module):
             raise ValueError(f"block_size = {block_size}: the model has {self.config.block_size} "
                              f"positions, so choose at least 1 and at most as many")
         if is_learned:
-            wpe = self.transformer.wpe
-            wpe.weight = nn.Parameter(wpe.weight[:block_size].clone())
-            wpe.num_embeddings = block_size
+            weight = self.transformer.wpe.weight[:block_size].detach().clone()
+            self.transformer.wpe = nn.Embedding.from_pretrained(weight, freeze=False)
         self.config.block_size = block_size
 
     def flops_per_token(self) -> int:
