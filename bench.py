@@ -349,16 +349,11 @@ if "train" in modes:
 # --------------------------------------------------------------------------------------- sampling
 
 if "sample" in modes:
-    on_cpu = rt.device.type == "cpu"
-    sampling_dtype = dtype or (cpu.sampling_dtype(model) if on_cpu else rt.dtype)
+    sampling_dtype = dtype or cpu.sampling_dtype(model, rt.device) or rt.dtype
     n_params = model.get_num_params()
     print(f"weights in {sampling_dtype}")
-    if on_cpu and not compile:
-        cpu.accelerate_sampling(model.eval(), sampling_dtype)
-    else:
-        model.eval().to(getattr(torch, sampling_dtype))
-    if compile or (on_gpu and rt.compile):  # on a CPU only if asked for
-        model.compile_decode()
+    compiled = compile or (on_gpu and rt.compile)  # on a CPU only if asked for
+    cpu.prepare_sampling(model, rt.device, sampling_dtype, compiled)
     idx = torch.zeros(num_samples, 1, dtype=torch.long, device=rt.device)  # (B, T)
     fns = {"ours": partial(model.generate, idx, new_tokens, top_k=top_k)}
     if peer == "plain":

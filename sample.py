@@ -79,16 +79,9 @@ with user_errors():
 runtime.check_memory(model.config, num_samples * min(max_new_tokens, model.config.block_size),
                      device, bytes_per_weight=2)
 with redirect_stdout(sys.stderr):
-    on_cpu = runtime.choose_device(device).type == "cpu"
-    rt = runtime.start(device, dtype or (cpu.sampling_dtype(model) if on_cpu else None), compile,
-                       model.config.n_embd, flops=0)
-# Weights in dtype: decoding is limited by reading them, and autocast would read float32.
-if on_cpu and not rt.compile:
-    cpu.accelerate_sampling(model.eval(), rt.dtype)
-else:
-    model.eval().to(rt.device, getattr(torch, rt.dtype))
-if rt.compile:
-    model.compile_decode()
+    dtype = dtype or cpu.sampling_dtype(model, runtime.choose_device(device))
+    rt = runtime.start(device, dtype, compile, model.config.n_embd, flops=0)
+cpu.prepare_sampling(model, rt.device, rt.dtype, rt.compile)
 tokenizer = get_tokenizer(meta)
 
 # -------------------------------------------------------------------------------------- sampling

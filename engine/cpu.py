@@ -45,19 +45,29 @@ def skip_dynamo_import() -> None:
         torch.optim.Adam.step = torch.no_grad()(step)
 
 
-def sampling_dtype(model: GPT) -> str:
-    """The faster dtype for the weights in sampling: bfloat16 for models that no cache holds, as
-    reading them is the work, where the kernel or the hardware multiplies it; else float32."""
+def sampling_dtype(model: GPT, device: torch.device) -> str | None:
+    """The faster dtype for the weights in sampling on a CPU: bfloat16 for models that no cache
+    holds, as reading them is the work, where the kernel or the hardware multiplies it; else
+    float32. None for another device."""
+    if device.type != "cpu":
+        return None
     return "bfloat16" if is_large(model) and (load_kernel() or HAS_BF16) else "float32"
 
 
-def accelerate_sampling(model: GPT, dtype: str) -> None:
-    """Store the weights of the linear layers in dtype, float32 or bfloat16, and multiply few rows
-    with them by the kernel of few_rows.cpp; the rest of the model stays float32. Small models, and
-    all without a C++ compiler, become models in dtype. In place; for a model in float32."""
+def prepare_sampling(model: GPT, device: torch.device, dtype: str, compile: bool) -> None:
+    """Make a model in float32 ready to sample on a device, in place: with weights in dtype, as
+    decoding is limited by reading them, and autocast would read float32.
+
+    On a CPU, a large model that is not compiled has only the weights of its linear layers in dtype,
+    float32 or bfloat16, and multiplies few rows with them by the kernel of few_rows.cpp, if there
+    is a C++ compiler for it.
+    """
     torch_dtype = getattr(torch, dtype)
-    if not is_large(model) or not load_kernel():
-        model.to(torch_dtype)
+    model.eval()
+    if compile:
+        model.compile_decode()
+    if compile or device.type != "cpu" or not is_large(model) or not load_kernel():
+        model.to(device, torch_dtype)
         return
     for module in model.modules():
         if type(module) is nn.Linear:

@@ -7,10 +7,6 @@ from configurator import UserError, check_choice
 from engine.runtime import DTYPES, PEAK_TFLOPS
 from model import GPT
 
-# GB of memory of the devices in PEAK_TFLOPS, from the same sources; the A100 also exists with 80.
-MEMORY_GB = {"B200": 180, "H200 NVL": 141, "H200": 141, "H100 PCIe": 80, "H100 NVL": 94,
-             "H100": 80, "A100": 40, "L40S": 48, "L4": 24, "RTX 4090": 24, "RTX 3090": 24,
-             "V100": 16, "T4": 16, "MI300X": 192, "MI250X": 64}
 USABLE = 0.92  # fraction of a GPU's memory; the rest is the CUDA context and fragmentation
 
 
@@ -24,21 +20,19 @@ def memory_by_part(model: GPT, batch_size: int, dtype: str, optimizer: str, n_gp
     """
     c, N = model.config, batch_size * model.config.block_size  # N: tokens per micro-batch
     C, V, size = c.n_embd, c.vocab_size, 4 if dtype == "float32" else 2  # bytes per element
-    n_params = sum(p.numel() for p in model.parameters())
+    n_params, n_block, n_rest = param_counts(model)
     n_matrices = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
     muon = n_matrices if optimizer == "muon" else 0  # one moment, not two
     # Saved for the backward pass of a block: the residual stream before both norms, in float32;
     # both norms' outputs, q, k, v, the attention's output, and 4 C before and 4 C after the MLP's
     # activation. Then the statistics of both norms and of the softmax, and dropout masks.
     block = 8 * C + 14 * C * size + 16 + 4 * c.n_head + (2 * C if c.dropout else 0)
-    if c.positions == "rotary" or c.qk_norm:  # new queries and keys
-        block += 2 * C * size * ((c.positions == "rotary") + c.qk_norm)
+    block += 2 * C * size * ((c.positions == "rotary") + c.qk_norm)  # new queries and keys
     blocks = c.n_layer * 4 * C + block if model.recompute else c.n_layer * block
     chunk = max(N // 8, 2**24 // V)  # rows of logits at a time, in LinearCrossEntropy
     weights, gradients = 4 * n_params, 4 * n_params
     copies = 2 * n_params if size == 2 else 0  # in dtype
     if shard:  # gathered at a time: this block and the next, and all that is not a block
-        n_block, n_rest = params_of_parts(model)
         copies = 2 * n_block * size + 4 * n_rest
         # Gradients of several micro-batches are added up before processes share them.
         gradients = gradients if accumulates else gradients / n_gpus + 4 * (n_block + n_rest)
@@ -52,22 +46,22 @@ def memory_by_part(model: GPT, batch_size: int, dtype: str, optimizer: str, n_gp
         "logits": 8 * min(chunk, N) * V + (4 + size) * V * C}
 
 
-def params_of_parts(model: GPT) -> tuple[int, int]:
-    """Number of parameters in one block, and in all that is not a block."""
+def param_counts(model: GPT) -> tuple[int, int, int]:
+    """Number of parameters in the model, in one block, and in all that is not a block."""
+    n_params = model.get_num_params(non_embedding=False)
     n_block = sum(p.numel() for p in model.transformer.h[0].parameters())
-    n_params = sum(p.numel() for p in model.parameters())
-    return n_block, n_params - n_block * model.config.n_layer
+    return n_params, n_block, n_params - n_block * model.config.n_layer
 
 
 def bytes_per_step(model: GPT, dtype: str, n_gpus: int, shard: bool, micro_steps: int) -> float:
     """Bytes that a GPU sends in a step: gradients once, and sharded weights for each forward and
     backward pass of micro_steps micro-batches. Muon's updates are not counted."""
-    n_block, n_rest = params_of_parts(model)
-    gradients = 4 * (n_block * model.config.n_layer + n_rest)
-    weights = n_block * model.config.n_layer * (4 if dtype == "float32" else 2) + 4 * n_rest
+    n_params, _, n_rest = param_counts(model)
+    gradients = 4 * n_params
+    weights = (n_params - n_rest) * (4 if dtype == "float32" else 2)  # of the blocks
     sent = 2 * gradients  # an all-reduce
-    if shard:  # a reduce-scatter, and two all-gathers but for the rest, which is kept
-        sent = gradients + micro_steps * (2 * weights - 4 * n_rest)
+    if shard:  # a reduce-scatter, and two all-gathers of the blocks and one of the rest
+        sent = gradients + micro_steps * (2 * weights + 4 * n_rest)
     return sent * (n_gpus - 1) / n_gpus
 
 
@@ -90,7 +84,8 @@ def plan(model: GPT, gpu: str, n_gpus: int, memory_gb: float | None, dtype: str 
     peak in dtype.
     """
     check_choice("gpu", gpu, list(PEAK_TFLOPS))
-    peaks = dict(zip(DTYPES, PEAK_TFLOPS[gpu], strict=True))
+    *peaks, gpu_memory_gb = PEAK_TFLOPS[gpu]
+    peaks = dict(zip(DTYPES, peaks, strict=True))
     dtype = dtype or next(name for name in DTYPES if peaks[name])
     if not peaks[check_choice("dtype", dtype, DTYPES)]:
         raise UserError(f"dtype = {dtype!r}: a {gpu} does not have it, choose another dtype")
@@ -100,7 +95,7 @@ def plan(model: GPT, gpu: str, n_gpus: int, memory_gb: float | None, dtype: str 
     if gradient_accumulation_steps % n_gpus:
         raise UserError(f"gradient_accumulation_steps = {gradient_accumulation_steps} is not "
                         f"divisible by {n_gpus} GPUs: choose a multiple of {n_gpus}")
-    memory_gb = memory_gb or MEMORY_GB[gpu]
+    memory_gb = memory_gb or gpu_memory_gb
 
     accumulates = gradient_accumulation_steps > n_gpus
     parts_of = partial(memory_by_part, model, dtype=dtype, optimizer=optimizer, n_gpus=n_gpus,
@@ -111,7 +106,7 @@ def plan(model: GPT, gpu: str, n_gpus: int, memory_gb: float | None, dtype: str 
     tokens_per_step = gradient_accumulation_steps * batch_size * model.config.block_size
     step_s = model.flops_per_token() * tokens_per_step / (n_gpus * peaks[dtype] * 1e12 * mfu)
     gpu_hours = n_gpus * step_s * max_iters / 3600
-    n_params = sum(p.numel() for p in model.parameters())
+    n_params = model.get_num_params(non_embedding=False)
     sent = bytes_per_step(model, dtype, n_gpus, shard, gradient_accumulation_steps // n_gpus)
     return {
         "parameters": n_params, "peak_tflops": peaks[dtype],

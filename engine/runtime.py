@@ -27,26 +27,26 @@ from configurator import UserError, check_choice, print0
 from engine.distributed import dist_info, hard_exit, init_distributed
 from model import GPTConfig
 
-# Dense peak of a device in TFLOP/s for (bfloat16, float16, float32), without sparsity; float32 is
-# TF32 where the device has it, which `start` enables. None: the device lacks the format.
+# Dense peak of a device in TFLOP/s for bfloat16, float16 and float32, without sparsity, and its GB
+# of memory; float32 is TF32 where it has it, which `start` enables. None: it lacks the format.
 # From the makers' data sheets: NVIDIA A100, H100, H200, HGX B200, L4, L40S, V100, T4; NVIDIA Ada
 # and Ampere GA102 white papers (RTX 4090, 3090: with float32 accumulation); AMD MI300X, MI250X.
 PEAK_TFLOPS = {
-    "B200": (2250, 2250, 1125),
-    "H200 NVL": (835.5, 835.5, 417.5),
-    "H200": (989.5, 989.5, 494.7),
-    "H100 PCIe": (756, 756, 378),
-    "H100 NVL": (835.5, 835.5, 417.5),
-    "H100": (989.5, 989.5, 494.7),
-    "A100": (312, 312, 156),
-    "L40S": (362, 362, 183),
-    "L4": (121, 121, 60),
-    "RTX 4090": (165.2, 165.2, 82.6),
-    "RTX 3090": (71, 71, 35.6),
-    "V100": (None, 125, 15.7),
-    "T4": (None, 65, 8.1),
-    "MI300X": (1307.4, 1307.4, 163.4),  # float32: plain
-    "MI250X": (191.5, 191.5, 47.9),  # one of its two dies: torch sees each as a device
+    "B200": (2250, 2250, 1125, 180),
+    "H200 NVL": (835.5, 835.5, 417.5, 141),
+    "H200": (989.5, 989.5, 494.7, 141),
+    "H100 PCIe": (756, 756, 378, 80),
+    "H100 NVL": (835.5, 835.5, 417.5, 94),
+    "H100": (989.5, 989.5, 494.7, 80),
+    "A100": (312, 312, 156, 40),  # it also exists with 80 GB
+    "L40S": (362, 362, 183, 48),
+    "L4": (121, 121, 60, 24),
+    "RTX 4090": (165.2, 165.2, 82.6, 24),
+    "RTX 3090": (71, 71, 35.6, 24),
+    "V100": (None, 125, 15.7, 16),
+    "T4": (None, 65, 8.1, 16),
+    "MI300X": (1307.4, 1307.4, 163.4, 192),  # float32: plain
+    "MI250X": (191.5, 191.5, 47.9, 64),  # one of its two dies: torch sees each as a device
 }
 DTYPES = ["bfloat16", "float16", "float32"]
 

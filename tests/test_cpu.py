@@ -11,6 +11,7 @@ from engine.runtime import find_compiler
 from model import GPT, GPTConfig, KVCache
 
 SHAPE = {"block_size": 32, "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 64}
+CPU = torch.device("cpu")
 PRECISIONS = pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 
@@ -64,7 +65,7 @@ def test_linear_layers_of_few_rows_equal_torchs_with_the_weight_in_dtype(
     gpt = GPT(GPTConfig(**SHAPE, bias=bias)).eval()
     layer = gpt.transformer.h[0].mlp.c_fc
     weight, b = layer.weight.detach().to(getattr(torch, dtype)).double(), layer.bias
-    cpu.accelerate_sampling(gpt, dtype)
+    cpu.prepare_sampling(gpt, CPU, dtype, compile=False)
     assert type(layer) is cpu.Linear and layer.weight.dtype == getattr(torch, dtype)
     x = torch.randn(64, rows).t()[:, None]  # (rows, 1, C), not contiguous
     y = layer(x)
@@ -80,7 +81,7 @@ def test_a_large_model_samples_with_the_logits_of_the_plain_one(large, changes, 
     torch.manual_seed(0)
     plain, ours = (GPT(GPTConfig(**SHAPE | changes)).eval() for _ in range(2))
     ours.load_state_dict(plain.state_dict())
-    cpu.accelerate_sampling(ours, dtype)
+    cpu.prepare_sampling(ours, CPU, dtype, compile=False)
     prompt = torch.randint(300, (2, 20))
     for model in (plain, ours):
         model.caches = KVCache(model.config, 2, 32)
@@ -101,8 +102,8 @@ def test_without_a_compiler_or_for_small_models_sampling_takes_torchs_layers(
     cpu.load_kernel.cache_clear()
     for HAS_BF16, dtype in ((False, "float32"), (True, "bfloat16")):
         monkeypatch.setattr(cpu, "HAS_BF16", HAS_BF16)
-        assert cpu.sampling_dtype(gpt) == dtype
-    cpu.accelerate_sampling(gpt, "bfloat16")
+        assert cpu.sampling_dtype(gpt, CPU) == dtype
+    cpu.prepare_sampling(gpt, CPU, "bfloat16", compile=False)
     assert capsys.readouterr().err.count("\n") == 1  # one notice
     assert {p.dtype for p in gpt.parameters()} == {torch.bfloat16}
     assert not any(type(module) is cpu.Linear for module in gpt.modules())
@@ -110,7 +111,7 @@ def test_without_a_compiler_or_for_small_models_sampling_takes_torchs_layers(
 
     monkeypatch.undo()
     small = GPT(GPTConfig(**SHAPE))
-    cpu.accelerate_sampling(small, cpu.sampling_dtype(small))
+    cpu.prepare_sampling(small, CPU, cpu.sampling_dtype(small, CPU), compile=False)
     assert {p.dtype for p in small.parameters()} == {torch.float32}
     assert not any(type(module) is cpu.Linear for module in small.modules())
 
