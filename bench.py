@@ -187,9 +187,12 @@ results["machine"] = {
 
 # ----------------------------------------------------------------------------------------- timing
 
-def time_interleaved(fns: dict[str, Callable]) -> dict[str, list[float]]:
-    """Seconds per call of each function, by name. A round calls all of them; the first, a warm-up,
-    does not count. Records the FLOP/s of a matrix product and the bytes/s of a memory read."""
+def time_interleaved(**fns: Callable) -> tuple[float, dict[str, float]]:
+    """Seconds per call of the function `ours`; figures of the function `peer`, if there is one.
+
+    A round calls all functions; the first, a warm-up, does not count. Records the FLOP/s of a
+    matrix product and the bytes/s of a memory read.
+    """
     n = 8192 if on_gpu else 2048
     matrix = torch.randn(n, n, device=rt.device, dtype=torch_dtype)
     array = torch.ones(2**26, device=rt.device)  # 256 MB, more than a cache holds
@@ -203,18 +206,14 @@ def time_interleaved(fns: dict[str, Callable]) -> dict[str, list[float]]:
             rt.synchronize()
             seconds[name].append(time.perf_counter() - start)
     seconds = {name: times[1:] for name, times in seconds.items()}
-    record("machine", matmul_gflops_per_s=2 * n**3 / median(seconds.pop("matmul")) / 1e9,
-           memory_gb_per_s=array.nbytes / median(seconds.pop("read")) / 1e9)
-    return seconds
-
-
-def compare(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Figures of the peer, if there is one."""
-    if not peer:
-        return {}
-    ratios = [theirs / ours for theirs, ours in zip(seconds[peer], seconds["ours"], strict=True)]
-    return {"peer_ms": median(seconds[peer]) * 1e3, "times_as_long": median(ratios),
-            "times_as_long_min": min(ratios), "times_as_long_max": max(ratios)}
+    dt = {name: median(times) for name, times in seconds.items()}
+    record("machine", matmul_gflops_per_s=2 * n**3 / dt["matmul"] / 1e9,
+           memory_gb_per_s=array.nbytes / dt["read"] / 1e9)
+    if "peer" not in fns:
+        return dt["ours"], {}
+    ratios = [peer / ours for peer, ours in zip(seconds["peer"], seconds["ours"], strict=True)]
+    return dt["ours"], {"peer_ms": dt["peer"] * 1e3, "times_as_long": median(ratios),
+                        "times_as_long_min": min(ratios), "times_as_long_max": max(ratios)}
 
 
 def peak_memory() -> int | None:
@@ -324,16 +323,15 @@ if "train" in modes:
         peer_model = make_peer()
         peer_opt = torch.optim.AdamW(peer_model.parameters(), 1e-4,
                                      fused=True if peer == "transformers" else None)
-        fns[peer] = partial(train_step, peer_loss, peer_opt, Stopwatch(rt))
+        fns["peer"] = partial(train_step, peer_loss, peer_opt, Stopwatch(rt))
     stopwatch.read()  # discard the first steps
-    seconds = time_interleaved(fns)
-    dt = median(seconds["ours"])
+    dt, comparison = time_interleaved(**fns)
     gflops_per_s = model.flops_per_token() * batch_size * block_size / dt / 1e9
     record("train", parameters=model.get_num_params(), tokens_per_s=batch_size * block_size / dt,
            step_ms=dt * 1e3, **stopwatch.read(), gflops_per_s=gflops_per_s,
            of_matmul=gflops_per_s / results["machine"]["matmul_gflops_per_s"],
            mfu=model.estimate_mfu(batch_size, dt, rt.peak_flops()),
-           peak_memory_gb=memory and memory / 1e9, **compare(seconds))
+           peak_memory_gb=memory and memory / 1e9, **comparison)
     if profile:
         with torch.profiler.profile(record_shapes=True) as profiler:
             fns["ours"]()
@@ -357,18 +355,18 @@ if "sample" in modes:
     idx = torch.zeros(num_samples, 1, dtype=torch.long, device=rt.device)  # (B, T)
     fns = {"ours": partial(model.generate, idx, new_tokens, top_k=top_k)}
     if peer == "plain":
-        fns[peer] = partial(make_peer().eval().generate, idx)
+        fns["peer"] = partial(make_peer().eval().generate, idx)
     elif peer == "transformers":
-        fns[peer] = partial(
+        fns["peer"] = partial(
             make_peer().to(torch_dtype).eval().generate, idx, do_sample=True, top_k=top_k,
             attention_mask=torch.ones_like(idx), min_new_tokens=new_tokens,
             max_new_tokens=new_tokens, pad_token_id=0)
-    seconds = time_interleaved(fns)
-    steps_per_s = new_tokens / median(seconds["ours"])  # each reads all weights
+    dt, comparison = time_interleaved(**fns)
+    steps_per_s = new_tokens / dt  # each reads all weights
     weight_gb = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear)) / 1e9
     record("sample", parameters=n_params, tokens_per_s=num_samples * steps_per_s,
            of_memory_bound=steps_per_s * weight_gb / results["machine"]["memory_gb_per_s"],
-           **compare(seconds))
+           **comparison)
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -384,11 +382,10 @@ if "data" in modes:
         input_mb = file.stat().st_size / 1e6
         command = [sys.executable, ROOT / "data" / "openwebtext" / "prepare.py", f"--input={file}",
                    f"--out_dir={folder}/out"]
-        seconds = time_interleaved({
-            "ours": lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL),
-            "tiktoken": lambda: bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count())})
-    dt = median(seconds["ours"])
+        dt, tiktoken = time_interleaved(
+            ours=lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL),
+            peer=lambda: bpe.encode_ordinary_batch(texts, num_threads=os.cpu_count()))
     record("data", input_mb=input_mb, seconds=dt, mb_per_s=input_mb / dt,
-           of_tiktoken=dt / median(seconds["tiktoken"]))
+           of_tiktoken=dt * 1e3 / tiktoken["peer_ms"])
 
 write_results()

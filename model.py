@@ -458,8 +458,7 @@ class GPT(nn.Module):
 
     def compile_decode(self) -> None:
         """Compile the forward pass of a single token, on a GPU into a CUDA graph, for `stream`."""
-        self.compiled_forward = torch.compile(
-            self.forward, mode="reduce-overhead", dynamic=False)
+        self.compiled_forward = torch.compile(self.forward, mode="reduce-overhead", dynamic=False)
 
     # ---------------------------------------------------------------------------- optimizer, size
 

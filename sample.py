@@ -83,6 +83,13 @@ with redirect_stdout(sys.stderr):
     rt = runtime.start(device, dtype, compile, model.config.n_embd, flops=0)
 cpu.prepare_sampling(model, rt.device, rt.dtype, rt.compile)
 tokenizer = get_tokenizer(meta)
+prompt = tokenizer.default_prompt if start is None else start
+with user_errors(f"cannot read the prompt {start}: "):
+    if start == "-":
+        prompt = sys.stdin.read()
+    elif prompt.startswith("FILE:"):
+        path = Path(os.path.expanduser(prompt.removeprefix("FILE:")))
+        prompt = regular_file(path).read_text(encoding="utf-8")
 
 # -------------------------------------------------------------------------------------- sampling
 
@@ -91,28 +98,28 @@ def sample(prompt: str) -> None:
     """Print continuations of a prompt, a single one as it is generated."""
     ids = torch.tensor([tokenizer.encode(prompt)], device=rt.device)  # (1, T)
     idx = ids.repeat(num_samples, 1)  # (B, T)
-    rows, texts, n_printed = [[] for _ in idx], [prompt] * num_samples, 0
+    rows, n_printed = [[] for _ in idx], 0
+
+    def texts() -> list[str]:
+        decoded = [tokenizer.decode(row) for row in rows]
+        if stop:  # what follows it is left out
+            decoded = ["".join(text.partition(stop)[:2]) for text in decoded]
+        return [prompt + text for text in decoded]
+
     start_time = time.time()
     for step in model.stream(idx, max_new_tokens, temperature, top_k, top_p, repetition_penalty,
                              n_vocab=tokenizer.n_vocab):
         for row, token in zip(rows, step.tolist(), strict=True):
             row.append(token)
-        if num_samples == 1 or stop or len(rows[0]) == max_new_tokens:
-            texts = [tokenizer.decode(row) for row in rows]
-            if stop:  # what follows it is left out
-                texts = ["".join(text.partition(stop)[:2]) for text in texts]
-            texts = [prompt + text for text in texts]
         if num_samples == 1:
             # The last character may lack bytes: it is printed when it is complete.
-            print(texts[0].rstrip("\ufffd")[n_printed:], end="", flush=True)
-            n_printed = len(texts[0].rstrip("\ufffd"))
-        if stop and all(text.endswith(stop) for text in texts):
+            text = texts()[0].rstrip("\ufffd")
+            print(text[n_printed:], end="", flush=True)
+            n_printed = len(text)
+        if stop and all(text.endswith(stop) for text in texts()):
             break
-    if num_samples == 1:
-        print(texts[0][n_printed:])
-    else:
-        for text in texts:
-            print(text, end="\n---------------\n")
+    for text in texts():
+        print(text[n_printed:], end="\n" if num_samples == 1 else "\n---------------\n")
     n_tokens = sum(map(len, rows))
     print(f"{n_tokens / (time.time() - start_time):,.0f} tokens per second", file=sys.stderr)
 
@@ -130,22 +137,10 @@ def change_setting(command: str) -> None:
     globals()[name] = changed[name]
 
 
-def read_prompt(start: str | None) -> str:
-    if start is None:
-        return tokenizer.default_prompt
-    with user_errors(f"cannot read the prompt {start}: "):
-        if start == "-":
-            return sys.stdin.read()
-        if start.startswith("FILE:"):
-            path = Path(os.path.expanduser(start.removeprefix("FILE:")))
-            return regular_file(path).read_text(encoding="utf-8")
-    return start
-
-
 torch.manual_seed(seed)
 if not interactive:
     with user_errors():
-        sample(read_prompt(start))
+        sample(prompt)
     sys.exit()
 
 with suppress(ImportError):  # Windows edits lines without it
@@ -156,7 +151,7 @@ print("type a text to continue; /help lists settings, Ctrl-C ends a sample, Ctrl
 while True:
     try:
         line = input("> ")
-        change_setting(line) if line.startswith("/") else sample(line or tokenizer.default_prompt)
+        change_setting(line) if line.startswith("/") else sample(line or prompt)
     except (UserError, ValueError) as error:
         print(error, file=sys.stderr)
     except KeyboardInterrupt:

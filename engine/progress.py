@@ -25,8 +25,7 @@ class Progress:
         if self.is_main and sys.stderr.isatty() and find_spec("tqdm"):
             from tqdm import tqdm
             columns, lines = shutil.get_terminal_size()  # 80 x 24 if the terminal does not say
-            self.bar = tqdm(total=total, initial=initial, ncols=columns, nrows=lines,
-                            smoothing=0.1)
+            self.bar = tqdm(total=total, initial=initial, ncols=columns, nrows=lines, smoothing=0.1)
             threading.Thread(target=self._draw_clock, daemon=True).start()
 
     def _draw_clock(self) -> None:
@@ -37,8 +36,7 @@ class Progress:
     def print(self, line: str) -> None:
         """Print a line above the bar, in the main process only."""
         with self.bar.external_write_mode() if self.bar is not None else nullcontext():
-            if self.is_main:
-                print0(line)
+            print0(line)
         self.last_print = time.monotonic()
 
     def status(self, what: str, done: int, total: int) -> None:
