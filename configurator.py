@@ -58,8 +58,7 @@ def configure(settings: dict, argv: list[str] | None = None, also_accept: Path |
     argv: arguments without the program's name; None: `sys.argv[1:]`.
     also_accept: a script whose settings config files may contain too; they are ignored.
     file: where the settings that differ from the defaults are printed; None: stdout.
-    Returns (config, overrides): all settings, and those that files or arguments gave, whether or
-        not they differ from the default.
+    Returns (config, overrides): all settings, and those that files or arguments gave.
     Raises UserError. From here on, an uncaught UserError, or OSError that names a file, ends the
     process with one line on stderr and exit status 2, a RunError with one line and status 1.
     """
@@ -156,8 +155,7 @@ def check_choice(name: str, value: str, choices: list[str]) -> str:
 
 @contextmanager
 def user_errors(source: str = "") -> Iterator[None]:
-    """Turn the ValueErrors of model.py, whose arguments come from settings or from a source that
-    does not name itself, into UserErrors."""
+    """Turn ValueErrors, such as those of model.py about settings, into UserErrors."""
     try:
         yield
     except ValueError as error:

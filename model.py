@@ -594,10 +594,8 @@ class GPT(nn.Module):
         path = Path(name_or_path)
         for file in (path / "best.pt", path / "ckpt.pt", path):
             if file.is_file():
-                return cls.from_checkpoint(read_file(file), override_args, source=file)
-        model_args, state = read_hugging_face(name_or_path)
-        return cls.from_checkpoint({"model_args": model_args, "model": state}, override_args,
-                                   source=name_or_path)
+                return cls.from_checkpoint(read_file(file), override_args, file)
+        return cls.from_checkpoint(read_hugging_face(name_or_path), override_args, name_or_path)
 
     def save_pretrained(self, folder: str | Path, eos_token_id: int | None = None) -> None:
         """Write the model in Hugging Face's format of a GPT-2: config.json, model.safetensors and
@@ -641,9 +639,8 @@ def is_plain_float(x: object) -> bool:
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of matrix products with x: autocast's where that is enabled, else x's own."""
-    device_type = x.device.type
-    return (torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type)
-            else x.dtype)
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 # --------------------------------------------------------------------------------------- sampling
@@ -679,8 +676,7 @@ def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | No
 # ------------------------------------------------------------------------------ reading files
 
 def read_file(file: Path, mmap: bool = False) -> dict:
-    """The contents of a .json, .safetensors, .bin or .pt file, with tensors on the CPU and without
-    running code from it.
+    """Read a .json, .safetensors, .bin or .pt file onto the CPU, without running code from it.
 
     mmap: read the tensors of a .bin or .pt file when they are used, without checking their bytes.
     Raises ValueError if it cannot be read or is damaged.
@@ -716,8 +712,7 @@ def read_file(file: Path, mmap: bool = False) -> dict:
 
 
 # GPT-2 in Hugging Face's format: its names for our settings, and what model.py always computes.
-HF_SIZES = {"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer",
-            "n_head": "n_head", "n_embd": "n_embd"}
+HF_SIZES = {"n_positions": "block_size"} | {name: name for name in CLASSIC_ARGS[1:5]}
 HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
                   "relu": "relu", "relu2": "relu2"}
 HF_FIXED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
@@ -726,8 +721,8 @@ HF_FIXED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weight
 HF_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def read_hugging_face(name_or_path: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """GPTConfig arguments and state dict of a GPT-2 in Hugging Face's format.
+def read_hugging_face(name_or_path: str) -> dict:
+    """A GPT-2 in Hugging Face's format as a checkpoint: a dict with `model_args` and `model`.
 
     Raises ValueError if it cannot be read, or is another architecture.
     """
@@ -757,7 +752,7 @@ def read_hugging_face(name_or_path: str) -> tuple[dict, dict[str, torch.Tensor]]
                 tensor = tensor.t()
             prefixed = name.startswith(("transformer.", "lm_head."))
             state[name if prefixed else f"transformer.{name}"] = tensor
-    return model_args, state
+    return {"model_args": model_args, "model": state}
 
 
 def download_from_hub(repository: str) -> Path:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -24,7 +24,6 @@ from filelock import FileLock, Timeout
 from configurator import ROOT, UserError, nearest, regular_file
 from data.tokenizer import dataset_record, tokenizer_name
 
-Item = TypeVar("Item")
 DTYPE = np.dtype("<u2")
 IGNORE = -1  # a target that the loss ignores
 MAX_CHECKED = 2**26  # number of tokens that `check_vocabulary` reads
@@ -176,8 +175,7 @@ def deferred_signals() -> Iterator[Callable[[], None]]:
 def open_bin(path: Path, block_size: int) -> np.memmap:
     """Memory-map a token file, (N,) uint16.
 
-    Raises UserError if it is missing, too short for one block and its targets, or of another size
-    than was recorded.
+    Raises UserError if it is missing, too short for a block, or of another size than was recorded.
     """
     if not path.is_file():
         script = path.parent / "prepare.py"
@@ -203,8 +201,7 @@ def open_bin(path: Path, block_size: int) -> np.memmap:
 def check_vocabulary(tokens: np.memmap, vocab_size: int) -> None:
     """Raise UserError if a token file contains ids outside a model's vocabulary.
 
-    Of a file with more than MAX_CHECKED tokens, only as many are read, in evenly spaced pieces;
-    `get_batch` checks every batch.
+    Of a longer file, MAX_CHECKED tokens in evenly spaced pieces are read; `get_batch` checks all.
     """
     n_pieces = 64 if len(tokens) > MAX_CHECKED else 1
     length = min(len(tokens), MAX_CHECKED) // n_pieces
@@ -265,8 +262,7 @@ def get_batch(tokens: np.ndarray, offsets: np.ndarray, block_size: int, vocab_si
               ) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and targets, each (B, T) int64, of the blocks at offsets, (B,).
 
-    Past the end of the file, inputs are 0 and targets IGNORE. Raises UserError for ids outside
-    the vocabulary.
+    Past the end of the file, inputs are 0, targets IGNORE. Raises UserError for ids >= vocab_size.
     """
     positions = offsets[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     ids = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int64)  # (B, T + 1)
@@ -277,7 +273,7 @@ def get_batch(tokens: np.ndarray, offsets: np.ndarray, block_size: int, vocab_si
     return x, y
 
 
-def prefetch(items: Iterator[Item]) -> Iterator[Item]:
+def prefetch(items: Iterator) -> Iterator:
     """Iterate over an endless iterator, computing each next item ahead in a thread."""
     with ThreadPoolExecutor(max_workers=1) as thread:
         future = thread.submit(next, items)

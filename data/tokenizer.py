@@ -32,8 +32,7 @@ class CharTokenizer:
 
     @staticmethod
     def meta_of(text: Iterable[str]) -> dict:
-        """The vocabulary of a text: its distinct characters, sorted. Raises UserError for more
-        than a token file can hold."""
+        """The meta of a text's distinct characters. Raises UserError for more than 65,536."""
         chars = sorted(set(text))
         if len(chars) > 2**16:
             raise UserError(f"the text has {len(chars):,} distinct characters, but token files "
@@ -97,8 +96,7 @@ class TrainedTokenizer(GPT2Tokenizer):
         # In a vocabulary, a byte is the character of Latin-1, or one from 256 on if it prints none.
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in printable]
-        byte_of = dict(zip(map(chr, [*printable, *range(256, 256 + len(others))]),
-                           [*printable, *others], strict=True))
+        byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
         ranks = {bytes(map(byte_of.__getitem__, token)): i for token, i in vocab.items()}
         if ({*ranks.values(), self.end_of_text} != set(range(self.n_vocab)) or self.n_vocab > 2**16
                 or not ranks.keys() >= {bytes([i]) for i in range(256)}):

@@ -46,21 +46,20 @@ def skip_dynamo_import() -> None:
 
 
 def sampling_dtype(model: GPT, device: torch.device) -> str | None:
-    """The faster dtype for the weights in sampling on a CPU: bfloat16 for models that no cache
-    holds, as reading them is the work, where the kernel or the hardware multiplies it; else
-    float32. None for another device."""
+    """The faster dtype for the weights in sampling on a CPU (None elsewhere): bfloat16 for models
+    that no cache holds, as reading them is the work, where the kernel or the hardware multiplies
+    it; else float32."""
     if device.type != "cpu":
         return None
     return "bfloat16" if is_large(model) and (load_kernel() or HAS_BF16) else "float32"
 
 
 def prepare_sampling(model: GPT, device: torch.device, dtype: str, compile: bool) -> None:
-    """Make a model in float32 ready to sample on a device, in place: with weights in dtype, as
+    """Make a float32 model ready to sample on a device, in place: with weights in dtype, as
     decoding is limited by reading them, and autocast would read float32.
 
-    On a CPU, a large model that is not compiled has only the weights of its linear layers in dtype,
-    float32 or bfloat16, and multiplies few rows with them by the kernel of few_rows.cpp, if there
-    is a C++ compiler for it.
+    On a CPU, if not compiled, a large model has only the weights of its linear layers in dtype, and
+    multiplies few rows with them by the kernel of few_rows.cpp if there is a C++ compiler.
     """
     torch_dtype = getattr(torch, dtype)
     model.eval()

@@ -16,8 +16,7 @@ def prepare_out_dir(out_dir: str, iter_num: int | None, model: GPT, n_numbered: 
 
     A new run (iter_num None) moves an earlier one in the folder to previous-N/; a resumed one
     continues after iter_num steps. n_numbered: how many numbered checkpoints it will write.
-    Raises UserError or OSError if the folder cannot be written, has too little space for the
-    checkpoints, or is in use.
+    Raises UserError or OSError if it cannot be written, has too little space, or is in use.
     """
     folder, is_new = Path(out_dir), iter_num is None
     log = regular_file(folder / "metrics.jsonl")

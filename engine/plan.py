@@ -79,9 +79,8 @@ def plan(model: GPT, gpu: str, n_gpus: int, memory_gb: float | None, dtype: str 
          link_gb_per_s: float = 50) -> dict[str, float | None]:
     """Figures of a run on n_gpus GPUs that reaches the given MFU; time is that of the steps alone.
 
-    gpu: a name in PEAK_TFLOPS. link_gb_per_s: what a GPU sends per second; communication is not
-    part of the time of a step, as most of it happens meanwhile. Raises UserError if the GPU has no
-    peak in dtype.
+    gpu: a name in PEAK_TFLOPS. link_gb_per_s: what it sends per second, which is not part of the
+    time of a step, as most of it happens meanwhile. Raises UserError if it does not have the dtype.
     """
     check_choice("gpu", gpu, list(PEAK_TFLOPS))
     *peaks, gpu_memory_gb = PEAK_TFLOPS[gpu]

@@ -123,8 +123,7 @@ class Runtime:
 
 def start(device: str | None, dtype: str | None, compile: bool | None, n_embd: int, flops: float,
           backend: str | None = None, timeout_s: float = 600) -> Runtime:
-    """Choose the device, precision and compilation, and print them; under torchrun, join the
-    process group.
+    """Choose and print device, precision and compilation; under torchrun, join the process group.
 
     device: cpu, cuda, cuda:N or mps; dtype: one of DTYPES; backend: nccl or gloo; None: choose.
     n_embd, flops: width of the model, and FLOPs of the whole run, for the choices.
@@ -225,8 +224,7 @@ def choose_dtype(dtype: str | None, device: torch.device, n_embd: int) -> str:
 
 def choose_compile(compile: bool | None, device: torch.device, flops: float) -> bool:
     """Whether to compile. By default on a GPU, and on a CPU for runs of at least 1e15 FLOPs (a
-    quarter of an hour at 1 TFLOP/s, which repays the minute that it takes), if there is the C
-    compiler that torch needs."""
+    quarter of an hour at 1 TFLOP/s, which repays the minute it takes), if there is a compiler."""
     variable, *names = (("CC", "gcc", "clang") if device.type == "cuda"
                         else ("CXX", "g++", "clang++"))
     found = find_compiler(variable, *names) is not None
