@@ -197,9 +197,8 @@ class CausalSelfAttention(nn.Module):
                 rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
                 attn_mask: torch.Tensor | None = None,
                 kv_cache: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """x: (B, T, C); positions: (T,); rotary: cosines and sines of them; attn_mask: (T, S),
-        added to the scores, None for causal; kv_cache: keys and values, (B, H, S, D) each, which
-        are written at positions."""
+        """x: (B, T, C); positions: (T,); rotary: their cosines and sines; attn_mask: (T, S), added
+        to the scores, None: causal; kv_cache: keys, values, (B, H, S, D), written at positions."""
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         qkv = self.c_attn(x).view(B, T, 3 * H, D).transpose(1, 2)  # (B, 3H, T, D)
@@ -540,18 +539,17 @@ class GPT(nn.Module):
         that are missing, unexpected, of another shape, not plain floating point or not finite."""
         state = {str(name).removeprefix("_orig_mod."): t for name, t in state.items()
                  if not str(name).endswith((".attn.bias", ".attn.masked_bias"))}  # causal masks
-        own = self.state_dict()
-        odd = [name for name, t in state.items() if not is_plain_float(t) or (
-            name in own and t.shape == own[name].shape and not t.isfinite().all())]
+        odd = [name for name, t in state.items()
+               if not (is_plain_float(t) and t.isfinite().all())]
         if odd:
             raise ValueError(f"{source}: expected finite numbers in plain floating-point tensors, "
                              f"but not so in {', '.join(odd[:3])} ({len(odd)} in all)")
-        wte, head = (state.get(f"{name}.weight") for name in ("transformer.wte", "lm_head"))
+        wte = state.get("transformer.wte.weight")
         if self.config.tie_weights and wte is not None:
-            if head is not None and not torch.equal(head, wte):
+            head = state.setdefault("lm_head.weight", wte)
+            if not torch.equal(head, wte):
                 raise ValueError(f"{source}: lm_head.weight differs from transformer.wte.weight, "
                                  f"but this model ties them")
-            state["lm_head.weight"] = wte
         try:
             self.load_state_dict(state)
         except RuntimeError as error:

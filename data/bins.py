@@ -95,16 +95,15 @@ def lock_folder(folder: Path, names: Iterable[str], n_bytes: int, what: str) -> 
     return lock
 
 
-@contextmanager
-def dataset_writer(folder: Path, meta: dict | None, n_bytes: int,
-                   ) -> Iterator[Callable[[str, bytes, int], None]]:
-    """Write a dataset: all its files when the block ends without an error, else none.
+def write_bins(folder: Path, meta: dict | None, n_bytes: int,
+               parts: Iterable[tuple[str, bytes, int]]) -> None:
+    """Write a dataset: all its files, or none if there is an error.
 
-    Yields write(split, ids, n_bytes), which adds ids (uint16) of that many bytes of text to
-    train.bin or val.bin. meta: of the tokenizer, as `get_tokenizer` takes it; it is written as
-    meta.pkl or tokenizer.json. n_bytes: of text in all, estimated. The counts are written as
-    dataset.json, which is renamed first, so that `open_bin` notices if the process is killed before
-    the last file is.
+    meta: of the tokenizer, as `get_tokenizer` takes it; it is written as meta.pkl or
+        tokenizer.json. n_bytes: of text in all, estimated.
+    parts: train or val, ids (uint16) to add to that file, and the number of bytes of their text.
+    The counts are written as dataset.json, which is renamed first, so that `open_bin` notices if
+    the process is killed before the last file is.
     Raises UserError, also if another process writes a dataset in the folder.
     """
     counts = {"train_tokens": 0, "train_bytes": 0, "val_tokens": 0, "val_bytes": 0}
@@ -121,14 +120,11 @@ def dataset_writer(folder: Path, meta: dict | None, n_bytes: int,
         with (deferred_signals() as check_signals,
               atomic_write(*(folder / name for name in names)) as opened):
             files = dict(zip(names, opened, strict=True))
-
-            def write(split: str, ids: bytes, n_bytes: int) -> None:
+            for split, ids, text_size in parts:
                 check_signals()
                 files[f"{split}.bin"].write(ids)
                 counts[f"{split}_tokens"] += len(ids) // 2
-                counts[f"{split}_bytes"] += n_bytes
-
-            yield write
+                counts[f"{split}_bytes"] += text_size
             files["dataset.json"].write(json.dumps({"tokenizer": kind} | counts).encode())
             if kind == "char":
                 pickle.dump(meta, files["meta.pkl"])
@@ -149,8 +145,7 @@ def dataset_writer(folder: Path, meta: dict | None, n_bytes: int,
 @contextmanager
 def deferred_signals() -> Iterator[Callable[[], None]]:
     """Yields a function that raises an exception if SIGINT, SIGTERM or SIGHUP has come. Raised at
-    any place, it might leave a lock of a process pool locked. A second signal raises it at once.
-    """
+    any place, it might leave a lock of a process pool locked. A second signal raises at once."""
     received = []
 
     def stop() -> None:

@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
 
 from configurator import UserError
-from data.bins import dataset_writer
+from data.bins import write_bins
 from data.documents import Document
 from data.tokenizer import get_tokenizer
 
@@ -41,19 +41,20 @@ def write_dataset(folder: Path, documents: Iterable[LabeledDocument], meta: dict
         pool = ProcessPoolExecutor(n_workers, multiprocessing.get_context("spawn"), start_worker,
                                    (meta,))
     pending = deque()
-    try:
-        with (dataset_writer(folder, meta, n_bytes) as write,
-              tqdm(total=n_bytes, unit="B", unit_scale=True, file=sys.stdout) as progress):
-            def write_oldest() -> None:
-                for split, part in zip(("train", "val"), pending.popleft().result(), strict=True):
-                    write(split, *part)
+
+    def encoded() -> Iterator[tuple[str, bytes, int]]:
+        with tqdm(total=n_bytes, unit="B", unit_scale=True, file=sys.stdout) as progress:
             for batch in batches(documents):
                 pending.append(pool.submit(encode, batch, one_text))
                 progress.update(sum(len(document.content) for document, _ in batch))
                 if len(pending) > 2 * n_workers:
-                    write_oldest()
+                    yield from pending.popleft().result()
             while pending:
-                write_oldest()
+                yield from pending.popleft().result()
+
+    try:
+        with closing(encoded()) as parts:
+            write_bins(folder, meta, n_bytes, parts)
     except BrokenProcessPool:
         raise UserError("a worker process was killed, as happens when memory runs out: try a "
                         "smaller --num_proc") from None
@@ -72,10 +73,10 @@ def write_text_dataset(folder: Path, text: str, meta: dict | None = None) -> Non
     val.bin. meta: of the tokenizer; None for GPT-2's BPE. Raises UserError."""
     cut, tokenizer = int(0.9 * len(text)), get_tokenizer(meta)
     print(f"{len(text):,} characters, {len(set(text))} distinct")
-    with dataset_writer(folder, meta, len(text)) as write:
-        for split, part in (("train", text[:cut]), ("val", text[cut:])):
-            ids = np.array(tokenizer.encode(part), dtype=np.uint16)
-            write(split, ids.tobytes(), len(part.encode()))
+    parts = [("train", text[:cut]), ("val", text[cut:])]
+    write_bins(folder, meta, len(text), [
+        (split, np.array(tokenizer.encode(part), dtype=np.uint16).tobytes(), len(part.encode()))
+        for split, part in parts])
 
 
 def batches(documents: Iterable[LabeledDocument]) -> Iterator[list[LabeledDocument]]:
@@ -108,12 +109,12 @@ def load_tokenizer(meta: dict | None) -> None:
     tokenizer = get_tokenizer(meta)
 
 
-def encode(batch: list[LabeledDocument], one_text: bool = False) -> list[tuple[bytes, int]]:
-    """For train.bin and for val.bin, token ids and the number of bytes of text that they encode."""
+def encode(batch: list[LabeledDocument], one_text: bool) -> list[tuple[str, bytes, int]]:
+    """The parts of both files, as `write_bins` takes them."""
     ids, n_bytes = ([], []), [0, 0]
     for document, held_out in batch:
         text = document.text()
         n_bytes[held_out] += len(text.encode())
         document_ids = tokenizer.encode_document(text)
         ids[held_out].append(document_ids[:len(document_ids) - one_text].tobytes())
-    return [(b"".join(parts), size) for parts, size in zip(ids, n_bytes, strict=True)]
+    return [(split, b"".join(ids[i]), n_bytes[i]) for i, split in enumerate(("train", "val"))]

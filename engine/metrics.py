@@ -226,12 +226,11 @@ def keep_records_before(path: Path, start_iter: int, history: list[dict]) -> Non
     evaluated = {record["iter"] for record in history}
     kept = []
     for line in lines:
-        try:
+        # An error: the line was cut short by a crash, or is not a record of ours.
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
             record = json.loads(line)
             if record["iter"] < start_iter or (
                     "val_loss" in record and record["iter"] in evaluated):
                 kept.append(line + b"\n")
-        except (ValueError, TypeError, KeyError, RecursionError):
-            continue  # cut short by a crash, or not a record of ours
     with atomic_write(path) as (file,):
         file.write(b"".join(kept))

@@ -97,19 +97,17 @@ def configure_muon(
     dtype: of the Newton-Schulz iteration, float32, bfloat16 or float16.
     muon_weight_decay: of Muon's matrices; None: weight_decay.
     """
+    muon = {n_splits: {
+        "params": [], "lr": muon_lr, "lr_ratio": muon_lr / learning_rate,
+        "weight_decay": weight_decay if muon_weight_decay is None else muon_weight_decay,
+        "momentum": muon_momentum, "n_splits": n_splits, "dtype": dtype} for n_splits in (1, 3)}
     groups = model.param_groups(weight_decay, learning_rate, embedding_lr, head_lr)
-    params = [item for group in groups for item in group["params"]]
-    matrices = [(name, p) for name, p in params
-                if name.startswith("transformer.h.") and p.dim() == 2]
-    names = {name for name, _ in matrices}
     for group in groups:
-        group["params"] = [(name, p) for name, p in group["params"] if name not in names]
-    for n_splits in (1, 3):
-        groups.append({
-            "params": [(name, p) for name, p in matrices
-                       if (n_splits == 3) == name.endswith("c_attn.weight")],
-            "lr": muon_lr, "lr_ratio": muon_lr / learning_rate,
-            "weight_decay": weight_decay if muon_weight_decay is None else muon_weight_decay,
-            "momentum": muon_momentum, "n_splits": n_splits, "dtype": dtype})
+        params, group["params"] = group["params"], []
+        for name, p in params:
+            is_matrix = name.startswith("transformer.h.") and p.dim() == 2
+            n_splits = 3 if name.endswith("c_attn.weight") else 1
+            (muon[n_splits] if is_matrix else group)["params"].append((name, p))
+    groups += muon.values()
     return Muon([group for group in groups if group["params"]], lr=learning_rate, betas=betas,
                 fused=True)

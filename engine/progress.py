@@ -40,8 +40,7 @@ class Progress:
         self.last_print = time.monotonic()
 
     def status(self, what: str, done: int, total: int) -> None:
-        """Show how much of a step or an evaluation is done, if it takes more than 5 s: in the bar,
-        or without one in a line every 30 s."""
+        """Show how much of a step or an evaluation is done, if it takes more than 5 s."""
         if time.monotonic() - self.step_start < 5:
             return
         if self.bar is not None:

@@ -289,7 +289,7 @@ def test_a_token_file_that_was_cut_or_replaced_is_refused(tmp_path, name, change
 def test_a_second_process_that_writes_the_same_dataset_is_refused(tmp_path):
     write_text_dataset(tmp_path, 10 * TEXT, CharTokenizer.meta_of(TEXT))
     code = ("import sys; from data.bins import *\n"
-            "with dataset_writer(Path(sys.argv[1]), None, 0): print('writing', input())")
+            "write_bins(Path(sys.argv[1]), None, 0, iter(input, ''))")
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE) as other:
         while not list(tmp_path.glob("train.bin.*.tmp")):
