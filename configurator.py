@@ -82,10 +82,9 @@ def configure(settings: dict, argv: list[str] | None = None, also_accept: Path |
     for arg in sorted(argv, key=lambda arg: arg.startswith("--")):  # config files first
         if arg.startswith("--"):
             name, equals, text = arg[2:].partition("=")
-            _check_name(name, types, "setting")
-            if not equals:
+            if name in types and not equals:
                 raise UserError(f"--{name} has no value: write --{name}={defaults[name]}")
-            overrides[name] = _convert(name, _parse(text, types[name]), types[name])
+            overrides |= fit_types(settings, {name: _parse(text, types.get(name, ()))})
         else:
             found = _run_config(arg, defaults | overrides, ignored)
             overrides |= fit_types(settings, found, arg)
@@ -162,16 +161,20 @@ def user_errors(source: str = "") -> Iterator[None]:
         raise UserError(f"{source}{error}") from None
 
 
-def fit_types(settings: dict, values: dict, source: object) -> dict:
-    """Values from a file, converted to the types of a script's settings of the same names.
+def fit_types(settings: dict, values: dict, source: object = "") -> dict:
+    """Values from arguments or a file, as the types of a script's settings of the same names.
 
     settings: the script's `globals()`. Raises UserError naming the source and what does not fit.
     """
-    types = _types(settings)
+    types, prefix = _types(settings), f"{source}: " if source else ""
     for name in values:
-        _check_name(name, types, f"{source}: setting")
-    return {name: _convert(f"{source}: {name}", value, types[name])
-            for name, value in values.items()}
+        if name in RENAMED:
+            raise UserError(f"{prefix}setting {name!r} is now {RENAMED[name]}")
+        if name not in types:
+            raise UserError(f"{prefix}setting {name!r:.100} does not exist"
+                            f"{nearest(name.replace('-', '_'), list(types))}; "
+                            f"--help lists the settings")
+    return {name: _convert(prefix + name, value, types[name]) for name, value in values.items()}
 
 
 def _types(settings: dict) -> dict[str, tuple[type, ...]]:
@@ -203,15 +206,6 @@ def _run_config(arg: str, current: dict, ignored: dict) -> dict:
     return {name: value for name, value in namespace.items() if name in current or not (
         name.startswith("_") or name in ignored or callable(value)
         or isinstance(value, ModuleType))}
-
-
-def _check_name(name: str, types: dict, what: str) -> None:
-    if name in RENAMED:
-        raise UserError(f"{what} {name!r} is now {RENAMED[name]}")
-    if name not in types:
-        raise UserError(f"{what} {name!r:.100} does not exist"
-                        f"{nearest(name.replace('-', '_'), list(types))}; "
-                        f"--help lists the settings")
 
 
 def nearest(word: str, choices: list[str]) -> str:
