@@ -436,9 +436,8 @@ class GPT(nn.Module):
                 cache_len, start = 0, end - max(1, block_size // 2)
             # Contiguous, as compiled code is specialized on strides.
             new_idx = tokens[:, start:end].clone(memory_format=torch.contiguous_format)
-            is_single = end - start == 1
-            forward = self.compiled_forward if self.compiled_forward and is_single else self
-            logits, _ = forward(new_idx, cache=cache)  # (B, 1, V)
+            forward = self.compiled_forward if end - start == 1 else None
+            logits, _ = (forward or self)(new_idx, cache=cache)  # (B, 1, V)
             cache_len += end - start
             start = end
             logits = logits[:, -1].float()  # (B, V)

@@ -219,13 +219,11 @@ def disk_errors(log: TextIO) -> Iterator[None]:
 
 def keep_records_before(path: Path, start_iter: int, history: list[dict]) -> None:
     """Drop from metrics.jsonl what a run that resumes at `start_iter` will do again."""
-    try:
-        lines = regular_file(path).read_bytes().splitlines()
-    except FileNotFoundError:
+    if not path.exists():
         return
     evaluated = {record["iter"] for record in history}
     kept = []
-    for line in lines:
+    for line in regular_file(path).read_bytes().splitlines():
         # An error: the line was cut short by a crash, or is not a record of ours.
         with suppress(ValueError, TypeError, KeyError, RecursionError):
             record = json.loads(line)

@@ -12,7 +12,6 @@ from engine.distributed import is_sharded, part_of, whole
 from model import GPT
 
 NS_STEPS = 5
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic polynomial: steep at 0
 
 
 class Muon(torch.optim.AdamW):
@@ -78,7 +77,7 @@ def newton_schulz(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     x: (N, rows, columns), rows <= columns. Computed and returned in `dtype`.
     """
-    a, b, c = NS_COEFFICIENTS
+    a, b, c = 3.4445, -4.7750, 2.0315  # of the quintic polynomial: steep at 0
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)  # singular values at most 1
     for _ in range(NS_STEPS):
         s = x @ x.mT  # (N, rows, rows)
