@@ -709,7 +709,8 @@ def read_file(file: Path, mmap: bool = False) -> dict:
 
 
 # GPT-2 in Hugging Face's format: its names for our settings, and what model.py always computes.
-HF_SIZES = {"n_positions": "block_size"} | {name: name for name in CLASSIC_ARGS[1:5]}
+HF_SIZES = {"n_positions": "block_size", "vocab_size": "vocab_size", "n_layer": "n_layer",
+            "n_head": "n_head", "n_embd": "n_embd"}
 HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu",
                   "relu": "relu", "relu2": "relu2"}
 HF_FIXED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
