@@ -25,8 +25,9 @@ n_embd = 320
 
 positions = "rotary"
 qk_norm = True
-bigram = True
+smear = True
 activation = "relu2"
+tie_weights = False
 
 optimizer = "muon"
 learning_rate = 4e-3

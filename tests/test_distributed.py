@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import MODERN, ROOT, TIMES, TINY, differences, load, records
+from conftest import MODERN, ROOT, TIMES, TINY, differences, load, records, snapshot
 
 # 125 blocks to evaluate make 25 batches, the last one smaller; 6 micro-steps suit 1, 2 and 3.
 RUN = [*TINY, "--batch_size=5", "--eval_iters=0", "--gradient_accumulation_steps=6",
@@ -323,6 +323,16 @@ def test_any_number_of_processes_trains_and_evaluates_alike_also_when_it_changes
         for key in other.keys() - TIMES - {"mfu"}:
             tolerance = 1e-4 if "loss" in other else 1e-5
             assert record[key] == pytest.approx(other[key], rel=tolerance), (record["iter"], key)
+
+
+def test_a_sharded_evaluation_prints_what_the_run_has_logged_and_writes_nothing(
+        scenarios, launcher):
+    scenarios["sharded"].result()
+    folder = launcher.folder / "sharded"
+    before, expected = snapshot(folder), records(folder, "val_loss")[-1]["val_loss"]
+    done = launcher.torchrun(2, "sharded", "--shard=True", "--eval_only=True")
+    assert "step 24: train loss" in done.stdout and f"val loss {expected:.4f}" in done.stdout
+    assert snapshot(folder) == before
 
 
 def test_a_sharded_checkpoint_of_tied_weights_holds_them_once(launcher):
