@@ -114,6 +114,7 @@ from engine.metrics import Metrics, Stopwatch, check_loggers
 from engine.muon import configure_muon
 from engine.out_dir import prepare_out_dir
 from engine.progress import Progress, duration
+from engine.saving import Saver
 from model import ACTIVATIONS, GPT, POSITIONS, GPTConfig
 
 resumed = checkpoint.load_to_resume(out_dir, init_from)  # None for a new run
@@ -383,7 +384,7 @@ print0(f"{model.get_num_params() / 1e6:.2f}M parameters, {tokens_per_iter:,} tok
        f"{len(train_tokens):,} training tokens, {len(val_tokens):,} validation tokens")
 stopwatch, progress = Stopwatch(rt), Progress(rt, iter_num, max_iters)
 stop_signals = runtime.StopSignals(rt)
-saver = checkpoint.Saver()
+saver = Saver()
 batches = bins.prefetch(train_batches(iter_num))
 model.train()
 if not eval_only:

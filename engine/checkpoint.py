@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, how they survive a crash, and how a run resumes from them.
+"""Checkpoints: what they hold, and how a run resumes from them (saving.py writes them).
 
 A checkpoint is a file of torch.save with a dict: model, optimizer, scaler (state dicts), model_args
 (of GPTConfig), config (settings), iter_num (steps done), best_val_loss, history (the records of all
@@ -12,18 +12,15 @@ import copy
 import fnmatch
 import math
 import os
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_map
 
 from configurator import RENAMED, UserError, check_choice, fit_types, nearest, print0, user_errors
-from data.bins import atomic_write, dataset_folder
+from data.bins import dataset_folder
 from data.tokenizer import check_meta, describe_tokenizer, load_meta, same_tokenizer
-from engine.distributed import dist_info, is_sharded, part_of, whole
+from engine.distributed import dist_info, part_of
 from engine.runtime import choose_device, choose_dtype
 from model import GPT, HF_REPOSITORIES, GPTConfig, is_plain_float, read_file
 
@@ -42,68 +39,6 @@ MACHINE_SETTINGS = {"device", "backend", "compile"}
 def numbered_name(iter_num: int) -> str:
     """File name of a checkpoint that is kept."""
     return f"ckpt_{iter_num:08d}.pt"
-
-
-def save(path: Path, contents: dict) -> None:
-    """Write a checkpoint atomically. Raises UserError if the disk refuses."""
-    with atomic_write(path) as (file,):
-        try:
-            torch.save(contents, file)
-        except RuntimeError as error:  # torch raises it on top of the disk's error
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-
-
-class Saver:
-    """Writes the checkpoints of a run: beside training, in a thread and from a copy in host memory,
-    once a write takes more than 5 % of the time between two."""
-
-    def __init__(self):
-        self.pool = ThreadPoolExecutor(1)
-        self.written: Future | None = None
-        self.last_save = time.monotonic()
-        self.write_s = 0.0  # of the last checkpoint
-
-    def save(self, paths: list[Path], model: torch.nn.Module,
-             optimizer: torch.optim.Optimizer, others: dict) -> None:
-        """Write a checkpoint of the model, the optimizer and `others` to each path. Collective.
-
-        Sharded tensors are gathered on rank 0, which writes. Raises UserError if the disk refuses,
-        also if it has refused the checkpoint before this one.
-        """
-        self.wait()
-        beside = self.write_s > 0.05 * (time.monotonic() - self.last_save)
-        self.last_save = time.monotonic()
-        rank, _ = dist_info()
-
-        def as_written(x: object) -> object:
-            if not isinstance(x, torch.Tensor):
-                return x
-            tensor = whole(x)  # one at a time
-            if rank != 0:
-                return None
-            return tensor.to("cpu", copy=beside) if beside or is_sharded(x) else tensor
-
-        contents = tree_map(as_written, {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), **others})
-        if rank == 0:
-            if model.config.tie_weights:  # one tensor for both, which is written once
-                contents["model"]["lm_head.weight"] = contents["model"]["transformer.wte.weight"]
-            if beside:
-                self.written = self.pool.submit(self._write, paths, contents)
-            else:
-                self._write(paths, contents)
-
-    def _write(self, paths: list[Path], contents: dict) -> None:
-        before = time.monotonic()
-        for path in paths:
-            save(path, contents)
-        self.write_s = time.monotonic() - before
-
-    def wait(self) -> None:
-        """Until the last checkpoint is written. Raises UserError if the disk has refused it."""
-        if self.written:
-            self.written.result()
-            self.written = None
 
 
 def load(path: Path, mmap: bool = False) -> dict:

@@ -15,6 +15,7 @@ from configurator import UserError
 from engine import checkpoint
 from engine.muon import configure_muon
 from engine.out_dir import prepare_out_dir
+from engine.saving import write
 from model import GPT, GPTConfig
 
 SHAPE = {"block_size": 16, "vocab_size": 14, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": True}
@@ -38,7 +39,7 @@ def path(tmp_path) -> Path:
 def test_what_is_saved_is_what_is_loaded(path, contents):
     contents |= {"iter_num": 7, "best_val_loss": 1.25, "history": [{"iter": 0, "val_loss": 1.25}],
                  "config": {"seed": 1, "device": None}, "meta": None}
-    checkpoint.save(path, contents)
+    write(path, contents)
     loaded = checkpoint.load(path)
     assert unequal({key: loaded[key] for key in contents}, contents) == []
     assert [file.name for file in path.parent.iterdir()] == ["ckpt.pt"]
@@ -50,7 +51,7 @@ def test_what_is_saved_is_what_is_loaded(path, contents):
 def small(tmp_path_factory) -> tuple[Path, bytes]:
     """A checkpoint of 2 KB, and its bytes; load needs no whole model."""
     path = tmp_path_factory.mktemp("small") / "ckpt.pt"
-    checkpoint.save(path, {"model": {"w": torch.arange(6).reshape(2, 3) / 7, "b": torch.arange(3)},
+    write(path, {"model": {"w": torch.arange(6).reshape(2, 3) / 7, "b": torch.arange(3)},
                            "model_args": SHAPE, "iter_num": 3,
                            "history": [{"iter": 1, "val_loss": 1.5}]})
     return path, path.read_bytes()
@@ -102,14 +103,14 @@ def test_a_flipped_bit_in_a_tensor_or_one_that_marks_it_as_a_folder_is_refused(s
     ({"best_val_loss": (2,)}, r"best_val_loss = \(2,\)"),
     ({"history": [{"iter": 1, "val_loss": 2, "lr": "x"}]}, "history has ")])
 def test_parts_of_another_type_or_range_are_a_user_error(path, contents, change, words):
-    checkpoint.save(path, contents | change)
+    write(path, contents | change)
     with pytest.raises(UserError, match=rf"ckpt\.pt .*{words}"):
         checkpoint.load(path)
 
 
 @pytest.mark.parametrize("contents", [{"model": {}}, {"model_args": {}}, [1, 2]], ids=repr)
 def test_the_keys_that_a_checkpoint_lacks_are_named(path, contents):
-    checkpoint.save(path, contents)
+    write(path, contents)
     lacks = " and ".join(name for name in ("model", "model_args") if name not in contents)
     with pytest.raises(UserError, match=f"ckpt.pt is damaged or no checkpoint: it lacks {lacks};"):
         checkpoint.load(path)
@@ -119,8 +120,8 @@ def test_the_keys_that_a_checkpoint_lacks_are_named(path, contents):
 
 @pytest.mark.parametrize("name, other", [("ckpt.pt", "best.pt"), ("best.pt", "ckpt.pt")])
 def test_latest_is_the_one_with_more_steps(tmp_path, contents, name, other):
-    checkpoint.save(tmp_path / name, contents | {"iter_num": 100})
-    checkpoint.save(tmp_path / other, contents | {"iter_num": 20})  # written later
+    write(tmp_path / name, contents | {"iter_num": 100})
+    write(tmp_path / other, contents | {"iter_num": 20})  # written later
     assert checkpoint.latest(str(tmp_path))[1] == 100
     (tmp_path / name).unlink()
     assert checkpoint.latest(str(tmp_path))[1] == 20
@@ -131,7 +132,7 @@ def test_latest_is_the_one_with_more_steps(tmp_path, contents, name, other):
 def test_each_new_run_keeps_all_earlier_ones(tmp_path, contents):
     for steps in (1, 2, 3):
         prepare_out_dir(str(tmp_path), None, GPT.from_checkpoint(contents), 0).release()
-        checkpoint.save(tmp_path / "ckpt.pt", contents | {"iter_num": steps})
+        write(tmp_path / "ckpt.pt", contents | {"iter_num": steps})
     kept = [checkpoint.load(tmp_path / name / "ckpt.pt")["iter_num"]
             for name in ("previous-1", "previous-2", ".")]
     assert kept == [1, 2, 3]
@@ -139,10 +140,10 @@ def test_each_new_run_keeps_all_earlier_ones(tmp_path, contents):
 
 def test_a_checkpoint_without_a_vocabulary_has_that_of_its_dataset_if_it_is_found(
         path, contents, text_dataset):
-    checkpoint.save(path, contents | {"config": {"dataset": str(text_dataset)}})
+    write(path, contents | {"config": {"dataset": str(text_dataset)}})
     _, meta = checkpoint.load_pretrained(str(path))
     assert len(meta["stoi"]) == 14
-    checkpoint.save(path, contents | {"config": {"dataset": "nowhere"}})
+    write(path, contents | {"config": {"dataset": "nowhere"}})
     with pytest.raises(UserError, match="'nowhere' is not here: prepare that first"):
         checkpoint.load_pretrained(str(path))  # so few tokens are not GPT-2's
 
