@@ -16,7 +16,7 @@ import transformers
 from conftest import ROOT, run, script
 
 from data.tokenizer import CharTokenizer
-from engine.checkpoint import save
+from engine.saving import write
 from model import GPT, GPTConfig
 
 META = CharTokenizer.meta_of("to be, or not to be: that is the question.\n")
@@ -40,7 +40,7 @@ def out(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("out")
     for name in SEEDS:
         gpt = random_model(name)
-        save(folder / name, {"model": gpt.state_dict(), "model_args": gpt.config.to_model_args(),
+        write(folder / name, {"model": gpt.state_dict(), "model_args": gpt.config.to_model_args(),
                              "meta": META, "iter_num": 1, "best_val_loss": 1.0, "config": {}})
     return folder
 
