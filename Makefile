@@ -16,7 +16,7 @@ demo: $(PYTHON)
 	$(PYTHON) train.py config/fast_stdlib_char.py
 	$(PYTHON) sample.py --out_dir=out-fast-stdlib-char --num_samples=1 --start="def "
 	@echo
-	@echo "That was a model of 1.4M parameters after a minute on Python's own library. Next:"
+	@echo "That was a model of 1.4M parameters after two minutes on Python's own library. Next:"
 	@echo "  $(PYTHON) sample.py --out_dir=out-fast-stdlib-char --start='class Model'"
 	@echo "  $(PYTHON) train.py config/fast_stdlib_char.py --init_from=resume --max_iters=4000 --lr_decay_iters=4000"
 	@echo "  $(PYTHON) data/shakespeare_char/prepare.py, and the rest of README.md"

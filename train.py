@@ -354,6 +354,7 @@ def save(*names: str) -> None:
 
 def diverged(what: str) -> RunError:
     """The error that ends a run with losses, gradients or weights that are not finite."""
+    saver.wait()
     path, steps = checkpoint.latest(out_dir)
     start = f"resume from {path} (step {steps}) by --init_from=resume" if path else "start again"
     advice = ("--dtype=bfloat16 or float32" if rt.dtype == "float16" else
@@ -419,6 +420,7 @@ while True:
         group["lr"] = lr * group["lr_ratio"]
 
     # evaluate and save; a resumed run does not repeat the evaluation that it was saved after
+    saver.check()
     stop = stop_signals.any_rank_signaled()  # the signal's number, or 0
     due = iter_num == max_iters or (eval_interval and iter_num % eval_interval == 0)
     evaluated = any(record["iter"] == iter_num for record in history)

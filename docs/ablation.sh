@@ -6,7 +6,8 @@
 #   sh docs/ablation.sh
 #   SEEDS="1 2 3 4 5 6 7 8 9 10" sh docs/ablation.sh --activation=gelu_tanh  # other seeds, other rows
 #
-# Runs go to out-ablation/, which must not exist; the table is printed from their metrics.jsonl.
+# SEEDS are two or more. Runs go to out-ablation/, which must not exist; the table is printed from
+# their metrics.jsonl.
 set -eu
 cd "$(dirname "$0")/.."
 mkdir out-ablation

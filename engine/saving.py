@@ -1,4 +1,4 @@
-"""Writing checkpoints, while training waits or beside it."""
+"""Writing checkpoints, while training waits or in the background."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,21 +22,20 @@ def write(path: Path, contents: dict) -> None:
 
 
 class Saver:
-    """Writes the checkpoints of a run: in a thread beside training, from a copy in host memory, if
-    the last write took more than a second and more than 5 % of the time between two."""
+    """Writes the checkpoints of a run: in the background, from a copy in host memory, if the last
+    write took more than a second and more than 5 % of the time between two saves."""
 
     def __init__(self):
         self.pool = ThreadPoolExecutor(1)
         self.pending: Future | None = None
         self.last_save = time.monotonic()
-        self.write_s = 0.0  # of the last checkpoint
+        self.write_s = 0.0  # that the last save took to write its files
 
     def save(self, paths: list[Path], model: GPT,
              optimizer: torch.optim.Optimizer, others: dict) -> None:
         """Write a checkpoint of the model, the optimizer and `others` to each path. Collective.
 
-        Sharded tensors are gathered on rank 0, which writes. Raises UserError if the disk refuses,
-        also if it has refused the checkpoint before this one.
+        Sharded tensors are gathered on rank 0, which writes. Raises UserError if the disk refuses.
         """
         self.wait()
         in_thread = self.write_s > max(1, 0.05 * (time.monotonic() - self.last_save))
@@ -67,8 +66,13 @@ class Saver:
             write(path, contents)
         self.write_s = time.monotonic() - before
 
+    def check(self) -> None:
+        """Raise the UserError of a write in the background that the disk has refused."""
+        if self.pending and self.pending.done():
+            self.wait()
+
     def wait(self) -> None:
-        """Until the last checkpoint is written. Raises UserError if the disk has refused it."""
+        """Until nothing is being written. Raises UserError if the disk has refused it."""
         if self.pending:
             self.pending.result()
             self.pending = None

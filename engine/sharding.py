@@ -42,5 +42,7 @@ def shard(model: GPT, rt: Runtime) -> GPT:
 def no_sync(model: GPT) -> Iterator[None]:
     """Within it, gradients are added up in each process, whole."""
     model.set_requires_gradient_sync(False)
-    yield
-    model.set_requires_gradient_sync(True)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)

@@ -52,8 +52,7 @@ def small(tmp_path_factory) -> tuple[Path, bytes]:
     """A checkpoint of 2 KB, and its bytes; load needs no whole model."""
     path = tmp_path_factory.mktemp("small") / "ckpt.pt"
     write(path, {"model": {"w": torch.arange(6).reshape(2, 3) / 7, "b": torch.arange(3)},
-                           "model_args": SHAPE, "iter_num": 3,
-                           "history": [{"iter": 1, "val_loss": 1.5}]})
+                 "model_args": SHAPE, "iter_num": 3, "history": [{"iter": 1, "val_loss": 1.5}]})
     return path, path.read_bytes()
 
 

@@ -197,8 +197,10 @@ def stopped(launcher: Launcher, run: str = "stopped", *args: str,
 
 
 def sharded(launcher: Launcher) -> subprocess.CompletedProcess:
-    """A run by two processes that share its weights, with blocks computed again."""
-    return launcher.torchrun(2, "sharded", "--shard=True", "--recompute=True", "--sample_every=12")
+    """A run by two processes that share its weights, with blocks computed again, and checkpoints
+    written in the background."""
+    return launcher.torchrun(2, "sharded", "--shard=True", "--recompute=True", "--sample_every=12",
+                             fault="if rank == 0: run.saver.write_s = 1e9  # a write took long")
 
 
 def sharded_stopped(launcher: Launcher) -> tuple[dict[str, subprocess.CompletedProcess], float]:

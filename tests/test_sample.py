@@ -41,7 +41,7 @@ def out(tmp_path_factory) -> Path:
     for name in SEEDS:
         gpt = random_model(name)
         write(folder / name, {"model": gpt.state_dict(), "model_args": gpt.config.to_model_args(),
-                             "meta": META, "iter_num": 1, "best_val_loss": 1.0, "config": {}})
+                              "meta": META, "iter_num": 1, "best_val_loss": 1.0, "config": {}})
     return folder
 
 
