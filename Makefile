@@ -24,7 +24,7 @@ demo: $(PYTHON)
 test: $(PYTHON)
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pytest -n 2 --dist=loadfile
+	$(PYTHON) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder  # long files of few tests early
 
 torture: $(PYTHON)
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
