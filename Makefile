@@ -1,5 +1,5 @@
 # make demo: train a small model on this machine and sample from it, in about three minutes
-# make test: lint and the test suite
+# make test: lint and the test suite (files in their order: some of few tests take minutes)
 # make torture: kill a training run 100 times and check that nothing is lost, in about ten minutes
 # All use the active virtual environment, or make .venv. On Linux without a GPU, install the CPU
 # build of PyTorch first (README.md).
@@ -24,7 +24,7 @@ demo: $(PYTHON)
 test: $(PYTHON)
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder  # long files of few tests early
+	$(PYTHON) -m pytest -n 2 --dist=loadfile --no-loadscope-reorder
 
 torture: $(PYTHON)
 	$(PYTHON) -m pip install --quiet -r requirements-dev.txt
