@@ -46,6 +46,11 @@ MODERN = {"activation": "relu2", "positions": "rotary", "qk_norm": True,
 TIMES = {"tokens_per_s", "data_ms", "forward_ms", "backward_ms", "optimizer_ms", "seconds"}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take minutes first, so that both workers of make test end together."""
+    items.sort(key=lambda item: item.path.stem not in ("test_distributed", "test_survival"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def offline(tmp_path_factory):
     go_offline(tmp_path_factory.mktemp("bpe"))
