@@ -111,12 +111,13 @@ def sample(prompt: str) -> None:
                              n_vocab=tokenizer.n_vocab):
         for row, token in zip(rows, step.tolist(), strict=True):
             row.append(token)
+        decoded = texts() if num_samples == 1 or stop else []
         if num_samples == 1:
             # The last character may lack bytes: it is printed when it is complete.
-            text = texts()[0].rstrip("\ufffd")
+            text = decoded[0].rstrip("\ufffd")
             print(text[n_printed:], end="", flush=True)
             n_printed = len(text)
-        if stop and all(text.endswith(stop) for text in texts()):
+        if stop and all(text.endswith(stop) for text in decoded):
             break
     for text in texts():
         print(text[n_printed:], end="\n" if num_samples == 1 else "\n---------------\n")
